@@ -1,0 +1,41 @@
+# Everything works on a fresh machine that has Python 3.10 or newer: the first target makes .venv from pinned versions.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+RUN := runs/demo
+export PYTHONWARNINGS ?= default
+
+.PHONY: demo test quick lab docs bench export readme clean-notebooks slow
+
+demo: $(READY)  ## train a byte-level Transformer on Shakespeare, then let it write (under five minutes on two cores)
+	@$(BIN)/sprout-lab train transformer --preset demo --output_dir $(RUN) --resume_from auto
+	@echo; echo "what it writes:"; echo
+	@$(BIN)/sprout-lab generate --model_path $(RUN) --prompt "ROMEO:" --max_tokens 240 --temperature 0.8 --seed 1
+	@echo; echo "the curve: $(RUN)/results/bits_per_byte.png    the run: sprout-lab runs show demo"
+
+test: $(READY)  ## everything that CI runs
+	@$(BIN)/python tools/check.py
+
+slow: $(READY)  ## the checks that take minutes or a GPU
+	@$(BIN)/python -m pytest --slow --cuda
+
+lab: $(READY)  ## JupyterLab on the notebooks
+	@$(BIN)/jupyter lab --notebook-dir=nbs
+
+docs: $(READY)  ## the documentation as a site, in site/
+	@$(BIN)/python tools/docs.py
+
+bench: $(READY)  ## ratios against named peers (NANOGPT=path of a clone)
+	@OMP_NUM_THREADS=1 $(BIN)/sprout-lab bench transformer $(if $(NANOGPT),--nanogpt $(NANOGPT))
+
+export: $(READY)  ## notebooks → library, cleaned notebooks, README
+	@$(BIN)/nbdev_clean && $(BIN)/nbdev_export && $(BIN)/python tools/readme.py
+
+# torch first and from the constraints: a range alone would bring gigabytes of CUDA packages
+$(READY): constraints.txt settings.ini setup.py pyproject.toml
+	@echo "setting up $(VENV) (a minute or two) ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $(READY)
