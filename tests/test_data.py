@@ -1,0 +1,561 @@
+"""Token files, batches, corpora and preparation: what a notebook cannot hold (damage, processes, kill -9, full disks)."""
+import gzip
+import hashlib
+import json
+import lzma
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from sprout_lab.configs import ConfigError, DataConfig
+from sprout_lab.data import corpora as corpora_module
+from sprout_lab.data import prepare as prepare_module
+from sprout_lab.data.batches import Batches, Windows, permute
+from sprout_lab.data.corpora import Corpus, FileSource, corpora, character_start, load_corpus, read_text, wikitext_documents
+from sprout_lab.data.prepare import blocks, encode_block, file_kind, load_data, prepare, read_ids
+from sprout_lab.data.tokenizers import ByteTokenizer, CharTokenizer, fingerprint
+from sprout_lab.data.tokens import HEADER_BYTES, TokenFile, TokenWriter, get_batch
+
+ROOT = Path(__file__).parent.parent
+
+
+def one_line(error) -> str:
+    "The message of a ConfigError, which must be one line of reasonable length."
+    text = str(error.value)
+    assert "\n" not in text and 10 < len(text) < 500, text
+    return text
+
+
+def refused(call, *parts):
+    with pytest.raises(ConfigError) as error: call()
+    text = one_line(error)
+    for part in parts: assert part in text, text
+
+
+def python(code: str, **environment) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finished(process) -> str:
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    return out
+
+
+# --- token files
+
+def write(path, ids, vocab_size=256, **facts):
+    with TokenWriter(path, vocab_size, **facts) as writer: writer.write(ids, num_bytes=len(ids), num_documents=1)
+    return path
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(pieces=st.lists(st.lists(st.integers(0, 299), max_size=50), max_size=6), vocab_size=st.sampled_from([300, 2**16, 2**16 + 1]))
+def test_token_file_round_trip(tmp_path, pieces, vocab_size):
+    with TokenWriter(tmp_path / "t.bin", vocab_size, "f" * 64, "a name") as writer:
+        for piece in pieces: writer.write(piece, num_bytes=3, num_documents=2)
+    tokens = TokenFile.open(tmp_path / "t.bin", "f" * 64)
+    assert tokens[:].tolist() == sum(pieces, []) and len(tokens) == len(sum(pieces, []))
+    assert (tokens.num_bytes, tokens.num_documents, tokens.vocab_size, tokens.name) == (3 * len(pieces), 2 * len(pieces), vocab_size, "a name")
+    assert tokens.dtype == ("uint32" if vocab_size > 2**16 else "uint16")
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_every_single_damage_is_noticed(tmp_path):
+    raw = write(tmp_path / "t.bin", np.arange(200), name="t").read_bytes()
+    json_end = 20 + int.from_bytes(raw[12:16], "little")
+    flips = [(place, bit) for place in [*range(json_end), *range(HEADER_BYTES, len(raw))] for bit in (0, 7)]
+    for place, bit in random.Random(0).sample(flips, 150):
+        damaged = bytearray(raw)
+        damaged[place] ^= 1 << bit
+        (tmp_path / "d.bin").write_bytes(damaged)
+        refused(lambda: TokenFile.open(tmp_path / "d.bin"), "d.bin")
+    for length in (0, 1, 7, 19, 100, HEADER_BYTES - 1, HEADER_BYTES, len(raw) - 1):
+        (tmp_path / "d.bin").write_bytes(raw[:length])
+        refused(lambda: TokenFile.open(tmp_path / "d.bin"), "d.bin")
+    (tmp_path / "d.bin").write_bytes(raw + b"\0")
+    refused(lambda: TokenFile.open(tmp_path / "d.bin"), "longer")
+
+
+def test_wrong_token_files_are_refused(tmp_path):
+    write(tmp_path / "t.bin", [1, 2, 3], fingerprint=fingerprint(ByteTokenizer()))
+    refused(lambda: TokenFile.open(tmp_path / "t.bin", CharTokenizer("abc")), "another tokenizer")
+    refused(lambda: TokenFile.open(tmp_path / "u.bin"), "no such token file", "'t.bin'")
+    refused(lambda: TokenFile.open(tmp_path), "folder")
+    (tmp_path / "old.bin").write_bytes(np.arange(9000, dtype=np.uint16).tobytes())
+    refused(lambda: TokenFile.open(tmp_path / "old.bin"), "not a sprout-lab token file")
+    with TokenWriter(tmp_path / "w.bin", 10) as writer: refused(lambda: writer.write([3, 10]), "10", "0 to 9")
+    assert TokenFile.open(tmp_path / "t.bin", ByteTokenizer())[:].tolist() == [1, 2, 3]
+
+
+def test_checksum_is_remembered_until_the_file_changes(tmp_path):
+    path = write(tmp_path / "t.bin", np.zeros(100, int))
+    TokenFile.open(path)
+    raw = bytearray(path.read_bytes())
+    raw[-1] = 1
+    path.write_bytes(raw)
+    refused(lambda: TokenFile.open(path), "checksum")
+    assert TokenFile.open(path, verify=False)[-1] == 1
+
+
+def test_an_error_leaves_no_token_file(tmp_path):
+    with pytest.raises(RuntimeError):
+        with TokenWriter(tmp_path / "t.bin", 256) as writer:
+            writer.write([1])
+            raise RuntimeError
+    assert not list(tmp_path.iterdir())
+
+
+def test_token_file_in_another_process(tmp_path):
+    import pickle
+    tokens = TokenFile.open(write(tmp_path / "t.bin", np.arange(50)))
+    again = pickle.loads(pickle.dumps(tokens))
+    assert again[:].tolist() == list(range(50)) and len(pickle.dumps(tokens)) < 1000
+
+
+def test_opening_a_large_file_takes_no_anonymous_memory(tmp_path):
+    path = tmp_path / "large.bin"
+    with TokenWriter(path, 2**16) as writer:
+        for _ in range(40): writer.write(np.zeros(2_000_000, np.uint16))   # 160 MB
+    code = f"""
+import sprout_lab.data.tokens as t, sprout_lab.data.batches as b
+anonymous = lambda: int(next(l for l in open('/proc/self/status') if l.startswith('RssAnon')).split()[1])
+tokens = t.TokenFile.open({str(path)!r}); b.Batches(tokens, 4, 64).batch(0); before = anonymous()
+tokens = t.TokenFile.open({str(path)!r}); batches = b.Batches(tokens, 16, 256)
+for i in range(300): batches.batch(i)
+for batch in b.Windows(tokens, 256, 16, max_batches=50): pass
+print(anonymous() - before)"""
+    if not os.path.exists("/proc/self/status"): pytest.skip("needs /proc")
+    assert int(finished(python(code))) < 20_000   # kB
+
+
+# --- batches
+
+@settings(max_examples=60, deadline=None)
+@given(n=st.integers(1, 3000), seed=st.integers(0, 2**64 - 1))
+def test_permute_is_a_permutation(n, seed):
+    assert np.array_equal(np.sort(permute(np.arange(n), n, seed)), np.arange(n))
+
+
+@settings(max_examples=60, deadline=None)
+@given(n=st.integers(2, 400), length=st.integers(1, 40), batch_size=st.integers(1, 9), seed=st.integers(0, 5), index=st.integers(0, 10**9),
+       order=st.sampled_from(["random", "shuffle"]))
+def test_batches_are_a_function_of_seed_and_index(n, length, batch_size, seed, index, order):
+    stream = np.arange(n) + 7
+    if n < length + 1:
+        refused(lambda: Batches(stream, batch_size, length), "sequence_length")
+        return
+    one = Batches(stream, batch_size, length, seed, order)
+    one.batch(3)
+    batch, again = one.batch(index), Batches(stream, batch_size, length, seed, order).batch(index)
+    assert torch.equal(batch["input_ids"], again["input_ids"]) and batch["input_ids"].dtype == torch.int64
+    assert torch.equal(batch["shift_labels"], batch["input_ids"] + 1) and batch["shift_labels"].is_contiguous()
+    assert batch["input_ids"].shape == (batch_size, length) and batch["shift_labels"].max() < n + 7
+
+
+@settings(max_examples=60, deadline=None)
+@given(n=st.integers(2, 300), length=st.integers(1, 30), batch_size=st.integers(1, 7), epoch=st.integers(0, 3))
+def test_shuffle_visits_every_window_once(n, length, batch_size, epoch):
+    if n < length + 1: return
+    batches = Batches(np.arange(n), batch_size, length, order="shuffle")
+    windows = batches.num_windows
+    samples = np.arange(epoch * windows, (epoch + 1) * windows)
+    starts = np.array([batches.starts(int(s // batch_size))[s % batch_size] for s in samples])
+    assert len(set(starts)) == windows and len(set(starts % length)) == 1 and starts.max() + length < n
+
+
+def test_random_order_is_uniform_over_all_starts():
+    starts = np.concatenate([Batches(np.arange(61), 50, 11, seed=3).starts(i) for i in range(400)])
+    counts = np.bincount(starts, minlength=50)
+    assert len(counts) == 50   # 0 to 49, the last valid start
+    expected = counts.sum() / 50
+    assert ((counts - expected) ** 2 / expected).sum() < 85.4   # chi-squared, 49 degrees of freedom, p = 0.001
+
+
+def test_get_batch_is_uniform_and_seeded(tmp_path):
+    mapped = np.memmap(tmp_path / "m", dtype=np.uint16, mode="w+", shape=(100,))
+    mapped[:] = np.arange(100)
+    x, y = get_batch(mapped, 32, 7, "cpu", torch.Generator().manual_seed(1))
+    again, _ = get_batch(mapped, 32, 7, "cpu", torch.Generator().manual_seed(1))
+    assert torch.equal(x, again) and torch.equal(x + 1, y) and x.dtype == torch.int64 and x.shape == (32, 7)
+    counts = sum(np.bincount(get_batch(mapped, 1000, 7)[0][:, 0], minlength=93) for _ in range(20))
+    assert len(counts) == 93 and ((counts - counts.mean()) ** 2 / counts.mean()).sum() < 139   # 92 degrees of freedom
+    refused(lambda: get_batch(mapped, 2, 100), "101")
+
+
+@settings(max_examples=80, deadline=None)
+@given(n=st.integers(2, 300), length=st.integers(1, 40), batch_size=st.integers(1, 7))
+def test_windows_predict_each_token_once(n, length, batch_size):
+    windows = Windows(np.arange(n), length, batch_size)
+    inputs, targets = [], []
+    for batch in windows:
+        real = batch["shift_labels"] != -100
+        assert torch.equal(real, batch.get("attention_mask", torch.ones_like(real, dtype=torch.long)).bool())
+        inputs += batch["input_ids"][real].tolist()
+        targets += batch["shift_labels"][real].tolist()
+    assert targets == list(range(1, n)) and inputs == list(range(n - 1)) and windows.num_targets == n - 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(n=st.integers(2, 500), length=st.integers(1, 40), batch_size=st.integers(1, 7), limit=st.integers(1, 5))
+def test_limited_windows_are_whole_and_distinct(n, length, batch_size, limit):
+    windows = Windows(np.arange(n), length, batch_size, max_batches=limit)
+    starts = torch.cat([b["input_ids"][:, 0] for b in windows])
+    assert len(windows) <= limit and len(set(starts.tolist())) == len(starts)
+    assert windows.num_targets == sum(int((b["shift_labels"] != -100).sum()) for b in windows)
+
+
+# --- reading text
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=st.text(min_size=1, max_size=60).filter(lambda t: "\0" not in t), block=st.integers(1, 9), where=st.floats(0, 1))
+def test_reading_never_cuts_a_character(tmp_path, text, block, where, monkeypatch):
+    path = tmp_path / "t.txt"
+    path.write_bytes(text.encode())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpora_module, "BLOCK", block)
+        assert "".join(read_text(path)) == text
+        cut = character_start(path, int(where * len(text.encode())))
+        assert "".join(read_text(path, 0, cut)) + "".join(read_text(path, cut)) == text
+
+
+@pytest.mark.parametrize("raw, place", [(b"abc\xffdef", "byte 3"), (b"ab\xc3", "byte 2"), ("ä".encode() * 400 + b"\xe4\xb8", "byte 800"), (b"\xfe\xffab", "byte 0"),
+                                        ("naïve".encode("latin-1"), "byte 2"), (b"a" * 1000 + b"\x80", "byte 1,000")])
+@pytest.mark.parametrize("block", [1, 7, 1 << 20])
+def test_invalid_utf8_is_told_with_its_place(tmp_path, raw, place, block, monkeypatch):
+    monkeypatch.setattr(corpora_module, "BLOCK", block)
+    path = tmp_path / "t.txt"
+    path.write_bytes(raw)
+    refused(lambda: list(read_text(path)), place, "UTF-8")
+
+
+def test_wrong_paths_are_one_line(tmp_path):
+    (tmp_path / "story.txt").write_text("Once. " * 200)
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "blank.jsonl").write_text("\n\n")
+    (tmp_path / "short.txt").write_text("Hello")
+    (tmp_path / "image.txt").write_bytes(b"\x89PNG\0\0\0")
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    (tmp_path / "number.jsonl").write_text('{"text": 3}\n')
+    (tmp_path / "list.jsonl").write_text("[1]\n")
+    (tmp_path / "torn.txt.gz").write_bytes(gzip.compress(b"abc" * 1000)[:-20])
+    (tmp_path / "not.txt.gz").write_bytes(b"plain text")
+    (tmp_path / "nothing").mkdir()
+    (tmp_path / "nothing" / "picture.jpg").touch()
+    use = lambda **kw: lambda: load_data(DataConfig(**kw))
+    for name, *parts in [("storry.txt", "no such", "'story.txt'"), ("empty.txt", "empty"), ("blank.jsonl", "no text"), ("short.txt", "sequence_length"),
+                         ("image.txt", "binary"), ("bad.jsonl", "line 2"), ("number.jsonl", "int"), ("list.jsonl", "line 1"), ("torn.txt.gz", "decompressed"),
+                         ("not.txt.gz", "decompressed"), ("nothing", "no text")]:
+        refused(use(train_data_path=str(tmp_path / name)), *parts)
+        refused(use(dataset_name=str(tmp_path / name)), *parts)
+    refused(use(dataset_name="shakespere"), "'shakespeare'")
+    refused(use(data_dir=str(tmp_path / "nowhere")), "no such")
+    refused(use(data_dir=str(tmp_path / "nothing")), "no text")
+    refused(use(text_column="story", train_data_path=str(tmp_path / "number.jsonl")), "'story'", "text_column")
+    refused(use(tokenizer="byte", vocab_size=300), "vocab_size=300")
+    refused(use(vocab_size=20), "65")
+
+
+# --- splits
+
+def jsonl(path, texts):
+    path.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts), encoding="utf-8")
+    return path
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(texts=st.lists(st.text(min_size=1, max_size=8), min_size=2, max_size=40), seed=st.integers(0, 3), share=st.sampled_from([0.05, 0.1, 0.5, 0.9]))
+def test_splits_are_disjoint_whole_and_independent_of_order(tmp_path, texts, seed, share):
+    if len(set(texts)) < 2: return
+    corpus = load_corpus(jsonl(tmp_path / "c.jsonl", texts), val_fraction=share, split_seed=seed)
+    train, held = list(corpus.documents("train")), list(corpus.documents("validation"))
+    assert sorted(train + held) == sorted(texts) and not set(train) & set(held) and train and held
+    turned = load_corpus(jsonl(tmp_path / "d.jsonl", texts[::-1]), val_fraction=share, split_seed=seed)
+    assert set(turned.documents("validation")) == set(held)
+
+
+def test_large_corpora_are_split_by_threshold(tmp_path):
+    texts = [f"document number {i}" for i in range(3000)]
+    corpus = load_corpus(jsonl(tmp_path / "c.jsonl", texts), val_fraction=0.1)
+    held = list(corpus.documents("validation"))
+    assert 240 < len(held) < 360
+    more = load_corpus(jsonl(tmp_path / "d.jsonl", texts + ["and one more"]), val_fraction=0.1)
+    assert set(held) <= set(more.documents("validation"))   # growing the corpus moves nothing
+    assert held != list(load_corpus(tmp_path / "c.jsonl", val_fraction=0.1, split_seed=1).documents("validation"))
+
+
+def test_one_document_cannot_be_split_by_document(tmp_path):
+    refused(lambda: list(load_corpus(jsonl(tmp_path / "c.jsonl", ["one"])).documents("train")), "one document")
+    refused(lambda: list(load_corpus(jsonl(tmp_path / "c.jsonl", ["one", "one"])).documents("train")), "copies")
+    refused(lambda: list(load_corpus(jsonl(tmp_path / "c.jsonl", ["one", "two"]), max_samples=1).documents("train")), "max_samples=1")
+
+
+@pytest.mark.parametrize("ending, pack", [("", bytes), (".gz", gzip.compress), (".xz", lzma.compress)])
+def test_compressed_files_read_alike(tmp_path, ending, pack):
+    text = "First.\n<|endoftext|>\nSecond ä.\n<|endoftext|>\n"
+    path = tmp_path / f"two.txt{ending}"
+    path.write_bytes(pack(text.encode()))
+    corpus = load_corpus(path, val_fraction=0.5)
+    assert sorted([*corpus.documents("train"), *corpus.documents("validation")]) == ["First.", "Second ä."]
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(texts=st.lists(st.text("ab<|>\n", min_size=1, max_size=9), min_size=1, max_size=5), block=st.integers(1, 20))
+def test_separators_across_pieces(tmp_path, texts, block):
+    path = tmp_path / "s.txt"
+    path.write_text("<|endoftext|>".join([*texts, ""]), newline="")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpora_module, "BLOCK", block)
+        found = ["".join(d.pieces) for d in FileSource(path).documents()]
+    assert found == [t.strip("\n") for t in texts if t.strip("\n")]
+
+
+def test_embedded_corpora(lab_data):
+    for name, original in (("shakespeare", "tinyshakespeare.txt"), ("tales", "tales.txt")):
+        raw = lzma.decompress((corpora_module.embedded_folder() / f"{name}.txt.xz").read_bytes())
+        assert raw == lab_data(original).read_bytes()
+        assert hashlib.sha256(raw).hexdigest() in (corpora_module.embedded_folder() / "NOTICE.md").read_text()
+
+
+def test_shakespeare_is_cut_where_everyone_cuts_it():
+    train, held = ("".join(load_corpus("shakespeare").documents(s)) for s in ("train", "validation"))
+    assert (len(train), len(held)) == (1_003_854, 111_540)
+    assert train.startswith("First Citizen:") and train + held == lzma.decompress((corpora_module.embedded_folder() / "shakespeare.txt.xz").read_bytes()).decode()
+    assert len(CharTokenizer.from_text(train + held)) == 65
+
+
+def test_tales_documents_join_to_the_corpus():
+    source = load_corpus("tales").sources["all"][0]
+    documents = ["".join(d.pieces) for d in source.documents()]
+    raw = lzma.decompress((corpora_module.embedded_folder() / "tales.txt.xz").read_bytes()).decode()
+    assert "".join(documents) == raw and len(documents) == 83 and min(map(len, documents)) > 100
+    share = sum(map(len, load_corpus("tales").documents("validation"))) / len(raw)
+    assert 0.07 < share < 0.13
+
+
+def test_every_card_is_complete():
+    for name, card in corpora.items():
+        assert card.title and card.licence and card.provenance and card.where in ("embedded", "local", "hub"), name
+        assert card.files or card.hub_name, name
+
+
+def test_wikitext_from_raw_files(lab_data, monkeypatch):
+    monkeypatch.setenv("SPROUT_LAB_DATA", str(lab_data("wikitext-2").parent))
+    corpus = load_corpus("wikitext-2")
+    held = list(corpus.documents("validation"))
+    assert len(held) == 60 and "".join(held).encode() == gzip.decompress(lab_data("wikitext-2/wiki.valid.raw.gz").read_bytes())
+    assert load_corpus("wikitext", config="wikitext-2-raw-v1").fingerprint() == corpus.fingerprint()
+
+
+@settings(max_examples=40, deadline=None)
+@given(cuts=st.lists(st.integers(0, 80), max_size=6))
+def test_wikitext_documents_do_not_depend_on_pieces(cuts):
+    text = " \n = A lobster = \n \n It swims . \n \n = = Life = = \n \n Long . \n \n = A poet = \n \n Du Fu . \n"
+    edges = sorted({0, len(text), *[min(c, len(text)) for c in cuts]})
+    pieces = [text[a:b] for a, b in zip(edges, edges[1:])]
+    assert list(wikitext_documents(iter(pieces))) == list(wikitext_documents(iter([text])))
+
+
+def test_enwik8_split(lab_data, monkeypatch):
+    monkeypatch.setenv("SPROUT_LAB_DATA", str(lab_data("enwik8").parent))
+    corpus = load_corpus("enwik8")
+    assert corpus.splits == ("train", "validation", "test")
+    assert [next(corpus.split_documents(s)).num_bytes for s in ("validation", "test")] == [5_000_000, 5_000_000]
+
+
+# --- preparation
+
+def digest(folder) -> dict:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(Path(folder).iterdir()) if p.is_file() and not p.name.startswith(".")}
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(prepare_module.blocks, "__defaults__", (2000,))
+    monkeypatch.setattr(corpora_module, "BLOCK", 2000)
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(texts=st.lists(st.text(min_size=1, max_size=30), min_size=2, max_size=8, unique=True), size=st.integers(1, 50))
+def test_blocks_never_change_the_ids(tmp_path, texts, size):
+    corpus, tokenizer = load_corpus(jsonl(tmp_path / "c.jsonl", texts)), ByteTokenizer()
+    found = [encode_block(tokenizer, b) for b in blocks(corpus, "train", tokenizer, size)]
+    expected = b"".join(t.encode() + b"\xff" for t in corpus.documents("train"))
+    assert bytes(np.concatenate([ids for ids, _, _ in found])) == expected
+    assert sum(n for _, n, _ in found) + sum(d for _, _, d in found) == len(expected)
+
+
+def test_prepared_twice_is_done_once(tmp_path):
+    first = prepare("tales", tmp_path / "out")
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.bin")}
+    assert prepare("tales", tmp_path / "out") == first
+    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.bin")}
+    other = prepare("tales", tmp_path / "out", val_fraction=0.3)
+    assert other["splits"]["validation"]["num_bytes"] > first["splits"]["validation"]["num_bytes"]
+    assert not (tmp_path / "out" / ".prepare").exists()
+
+
+@pytest.mark.parametrize("format", ["npy", "ids"])
+def test_formats(tmp_path, format):
+    prepare("tales", tmp_path / "bin")
+    prepare("tales", tmp_path / format, format=format)
+    expected = TokenFile.open(tmp_path / "bin" / "val.bin")[:]
+    path = tmp_path / format / ("val.npy" if format == "npy" else "val.txt")
+    assert file_kind(path) == format
+    assert np.array_equal(np.concatenate(list(read_ids(path))), expected)
+    data = load_data(DataConfig(train_data_path=str(path.with_stem("train")), val_data_path=str(path)))   # the tokenizer is found beside the ids
+    assert np.array_equal(data.validation[:], expected) and isinstance(data.tokenizer, ByteTokenizer)
+    assert data.validation.num_bytes == TokenFile.open(tmp_path / "bin" / "val.bin").num_bytes
+
+
+def test_more_workers_give_the_same_files(tmp_path, small_blocks):
+    text = "".join(load_corpus("shakespeare").documents("validation"))[:60_000]
+    (tmp_path / "t.txt").write_text(text)
+    prepare(tmp_path / "t.txt", tmp_path / "one")
+    prepare(tmp_path / "t.txt", tmp_path / "three", num_workers=3)
+    assert digest(tmp_path / "one") == digest(tmp_path / "three")
+
+
+SLOW_PREPARE = """
+import time
+import sprout_lab.data.prepare as p, sprout_lab.data.corpora as c
+p.blocks.__defaults__, c.BLOCK = (2000,), 2000
+plain, p.time.monotonic = p.encode_block, lambda clock=iter(range(10**9)): 3 * next(clock)   # the journal after every block
+def slow(*a): time.sleep(0.004); return plain(*a)
+p.encode_block = slow
+print("start", flush=True)
+p.prepare({source!r}, {output!r})
+"""
+
+
+def test_killed_and_run_again_gives_the_same_file(tmp_path, small_blocks):
+    source = tmp_path / "t.txt"
+    source.write_text("".join(load_corpus("shakespeare").documents("validation")), encoding="utf-8")
+    prepare(source, tmp_path / "whole")
+    code = SLOW_PREPARE.format(source=str(source), output=str(tmp_path / "killed"))
+    chance, continued = random.Random(1), 0
+    for _ in range(6):
+        process = python(code)
+        process.stdout.readline()
+        time.sleep(chance.uniform(0.02, 0.25))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close(), process.stderr.close()
+        if (tmp_path / "killed" / "stats.json").exists(): break
+        journal = prepare_module._read_json(tmp_path / "killed" / ".prepare" / "journal.json")
+        continued += journal.get("splits", {}).get("train", {}).get("blocks", 0) > 0
+        refused(lambda: load_data(DataConfig(data_dir=str(tmp_path / "killed"))), "continues")
+        assert not (tmp_path / "killed" / "train.bin").exists()
+    assert continued
+    prepare(source, tmp_path / "killed")
+    assert digest(tmp_path / "killed") == digest(tmp_path / "whole")
+
+
+def test_full_disk_leaves_nothing_half_written(tmp_path):
+    room = tmp_path / "small"
+    room.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(room)], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a small tmpfs")
+    try:
+        refused(lambda: prepare("shakespeare", room / "out"), "free")
+        assert not [p for p in (room / "out").iterdir() if not p.name.startswith(".")]
+        refused(lambda: load_data(DataConfig(data_dir=str(room / "out"))), "continues")
+        subprocess.run(["mount", "-o", "remount,size=4m", str(room)], check=True)
+        prepare("shakespeare", room / "out")
+        prepare("shakespeare", tmp_path / "whole")
+        assert digest(room / "out") == digest(tmp_path / "whole")
+    finally: subprocess.run(["umount", str(room)], check=True)
+
+
+def test_processes_that_ask_together_share_the_cache(tmp_path):
+    code = "from sprout_lab.data.prepare import load_data; d = load_data(); print(d.train.path, d.train.checksum, len(d.validation))"
+    together = [python(code, SPROUT_LAB_CACHE=str(tmp_path)) for _ in range(3)]
+    assert len({finished(p) for p in together}) == 1
+    assert len(list((tmp_path / "data").iterdir())) == 1
+
+
+def test_a_damaged_cache_is_made_again(caplog):
+    path = load_data().train.path
+    raw = bytearray(path.read_bytes())
+    raw[-5] ^= 4
+    path.write_bytes(raw)
+    data = load_data()
+    assert len(data.train) == 1_003_854 and "damaged" in caplog.text
+
+
+def test_the_cache_follows_content_not_names(tmp_path):
+    source = tmp_path / "t.txt"
+    source.write_text("one two three " * 100)
+    first = load_data(DataConfig(train_data_path=str(source), sequence_length=8))
+    source.write_text("one two thre! " * 100)
+    second = load_data(DataConfig(train_data_path=str(source), sequence_length=8))
+    assert first.train.path != second.train.path
+    moved = shutil.move(source, tmp_path / "moved.txt")
+    assert load_data(DataConfig(train_data_path=str(moved), sequence_length=8)).train.checksum == second.train.checksum
+
+
+# --- ready-made ids
+
+def test_ids_in_every_form(tmp_path):
+    ids = np.random.default_rng(0).integers(0, 300, 5000)
+    (tmp_path / "lines.txt").write_text("\n".join(map(str, ids)))
+    (tmp_path / "spaces.txt").write_text(" ".join(map(str, ids)))
+    np.save(tmp_path / "ids.npy", ids)
+    write(tmp_path / "ids.bin", ids, 300)
+    for name in ("lines.txt", "spaces.txt", "ids.npy"):
+        data = load_data(DataConfig(train_data_path=str(tmp_path / name), sequence_length=8))
+        assert data.train[:].tolist() + data.validation[:].tolist() == ids.tolist() and data.tokenizer is None and data.vocab_size <= 300
+        assert ("token ids as text" if name.endswith("txt") else "npy") in data.description
+        both = load_data(DataConfig(train_data_path=str(tmp_path / name), val_data_path=str(tmp_path / "ids.bin"), vocab_size=300))
+        assert both.train[:].tolist() == both.validation[:].tolist() == ids.tolist() and both.vocab_size == 300
+
+
+def test_wrong_ids_are_one_line(tmp_path):
+    (tmp_path / "ids.txt").write_text("1 2 3 " * 100)
+    (tmp_path / "words.txt").write_text("1 2 " * 50_000 + "three")
+    (tmp_path / "huge.txt").write_text("1 2 " + "9" * 30)
+    (tmp_path / "white.txt").write_text(" \n ")
+    (tmp_path / "text.txt").write_text("plain text, long enough for a window " * 50)
+    np.save(tmp_path / "two.npy", np.zeros((3, 3), int))
+    np.save(tmp_path / "float.npy", np.zeros(300))
+    np.save(tmp_path / "objects.npy", np.array([{}], object), allow_pickle=True)
+    np.save(tmp_path / "minus.npy", np.full(300, -1))
+    (tmp_path / "torn.npy").write_bytes((tmp_path / "float.npy").read_bytes()[:100])
+    write(tmp_path / "alone.bin", np.arange(200))
+    (tmp_path / "foreign.bin").write_bytes(bytes(10_000))
+    use = lambda name, **kw: lambda: load_data(DataConfig(train_data_path=str(tmp_path / name), **({"sequence_length": 8} | kw)))
+    refused(use("words.txt"), "entry 100,000", "three")
+    refused(use("huge.txt"), "9999")
+    refused(use("two.npy"), "shape")
+    refused(use("float.npy"), "float64")
+    refused(use("objects.npy"), ".npy")
+    refused(use("minus.npy"), "-1")
+    refused(use("torn.npy"), "torn.npy")
+    refused(use("alone.bin"), "val_data_path")
+    refused(use("foreign.bin", val_data_path=str(tmp_path / "ids.txt")), "not a sprout-lab token file")
+    refused(use("ids.txt", vocab_size=3), "id 3")
+    refused(use("ids.txt", sequence_length=1000), "sequence_length")
+    refused(use("ids.txt", val_data_path=str(tmp_path / "text.txt")), "both as text")
+    refused(use("ids.txt", val_data_path=str(tmp_path / "nothing.txt")), "no such")
+    prepare("tales", tmp_path / "chars", tokenizer="char")
+    refused(lambda: load_data(DataConfig(data_dir=str(tmp_path / "chars"), tokenizer="byte")), "another tokenizer")
+
+
+def test_train_and_validation_text_files(tmp_path):
+    (tmp_path / "a.txt").write_text("the training text " * 30)
+    (tmp_path / "b.txt").write_text("the held-out text " * 10)
+    data = load_data(DataConfig(train_data_path=str(tmp_path / "a.txt"), val_data_path=str(tmp_path / "b.txt"), sequence_length=16))
+    assert bytes(data.validation[:]) == b"the held-out text " * 10 + b"\xff"
+    assert data.train.num_documents == 1 and "text" in data.description
