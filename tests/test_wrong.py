@@ -1,0 +1,161 @@
+"""Two hundred wrong configurations and a dozen wrong files: each one line, no traceback, exit code 2."""
+import contextlib
+import io
+import itertools
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sprout_lab.cli import main
+from sprout_lab.configs import DataConfig, OutputConfig, TrainingConfig, settings_fields
+from sprout_lab.families import get_family
+
+
+def shell(*words):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try: main(list(map(str, words)))
+        except SystemExit as left: return left.code, out.getvalue(), err.getvalue()
+    return None, out.getvalue(), err.getvalue()
+
+
+def is_one_clear_line(code, out, err):
+    assert code == 2, (code, out[-300:], err)
+    assert err.startswith("sprout-lab: ") and err.count("\n") == 1 and len(err.strip()) > 20, err
+    assert "Traceback" not in out + err
+
+
+def wrong_flags():
+    "Seeded wrong flags: types, ranges, names, combinations."
+    dice = random.Random(0)
+    specs = [s for cls in (DataConfig, TrainingConfig, OutputConfig, get_family("transformer").config_class) for s in settings_fields(cls)]
+    cases = []
+    for s in specs:
+        flag = dice.choice([f"--{s.name}", f"--{s.name.replace('_', '-')}"])
+        if s.type in (int, float):
+            cases += [(flag, "many"), (flag, "1e999" if s.type is float else "2.5"), (flag, "true")]
+            if s.ge is not None: cases.append((flag, str(s.ge - 1)))
+            if s.gt is not None: cases.append((flag, str(s.gt)))
+            if s.le is not None: cases.append((flag, str(s.le * 2 + 1)))
+            if s.lt is not None: cases.append((flag, str(s.lt)))
+        if s.choices: cases += [(flag, "banana"), (flag, str(s.choices[0]) + "x")]
+        swapped = list(s.name)
+        i = dice.randrange(len(swapped) - 1)
+        swapped[i], swapped[i + 1] = swapped[i + 1], swapped[i]
+        if "".join(swapped) != s.name: cases.append((f"--{''.join(swapped)}", "1"))
+    return cases
+
+
+COMBINATIONS = [
+    ("--num_heads", "5"), ("--hidden_size", "30", "--num_heads", "4"), ("--num_heads", "4", "--num_key_value_heads", "3"),
+    ("--min_learning_rate", "1", "--learning_rate", "0.1"), ("--warmup_steps", "100", "--lr_decay_steps", "50"),
+    ("--val_data_path", "x.txt"), ("--train_data_path", "x.txt", "--data_dir", "y"), ("--sequence_length", "512", "--max_position_embeddings", "256"),
+    ("--max_steps", "none"), ("--mixed_precision", "fp16", "--device", "cpu"), ("--size", "giant"), ("--preset", "nanno"), ("--objective", "masked"),
+    ("--config", "missing.yaml"), ("--resume_from", "missing"), ("--resume_from", "auto"), ("--dataset_name", "shakespear"), ("--train_data_path", "missing.txt"),
+    ("--data_dir", "missing"), ("--tokenizer", "missing-tokenizer"), ("--tokenizer", "char", "--vocab_size", "3"), ("--grad_clip", "1", "--gradient_clip", "2"), ("--device", "cuda"),
+    ("--use_wandb", "--no_wandb"), ("--batch_size",), ("--sequence_length", "1000000"), ("--vocab_size", "50", "--tokenizer", "byte"), ("extra", "words"),
+]
+
+
+def test_two_hundred_wrong_flags(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cases = wrong_flags()
+    random.Random(1).shuffle(cases)
+    assert len(cases) >= 180
+    for words in [*cases[:180], *COMBINATIONS]:
+        short = [] if "--max_steps" in words else ["--max_steps", "1", "--hidden_size", "8", "--num_layers", "1"][:2 if "--hidden_size" in words or "--num_heads" in words else None]
+        try: is_one_clear_line(*shell("train", "transformer", *short, *words))
+        except AssertionError as error: raise AssertionError(f"{' '.join(words)}: {error}") from None
+    assert not (tmp_path / "runs").exists(), "nothing is left behind"
+
+
+FILES = {
+    "empty.yaml": b"", "list.yaml": b"- 1\n- 2\n", "text.yaml": b"just words", "broken.yaml": b"a: [1, 2", "broken.json": b'{"batch_size": 16,', "binary.yaml": b"\xff\xfe\x00\x01\x80",
+    "tags.yaml": b"!!python/object/apply:os.system ['echo owned']", "unknown.yaml": b"bach_size: 3\n", "type.json": b'{"training": {"batch_size": "many"}}', "range.yaml": b"training: {learning_rate: -1}\n",
+    "twice.yaml": b"training: {batch_size: 3}\nbatch_size: 4\n", "foreign.yaml": b"model: {type: hnet_bit}\n", "nested.yaml": b"training: {optimizer: {name: adamw}}\n", "number.yaml": b"1: 2\n",
+    "bool.yaml": b"batch_size: true\n", "null.yaml": b"batch_size: null\n", "deep.json": b'{"a":' * 3000 + b"1" + b"}" * 3000, "config_file.json": b'{"model": {"config_file": "nowhere.json"}}',
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_wrong_files(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).write_bytes(FILES[name])
+    is_one_clear_line(*shell("train", "transformer", "--config", name))
+
+
+DATA = {"empty.txt": b"", "binary.txt": bytes(range(256)) * 40, "short.txt": b"To be", "invalid.txt": b"To be, or not to be " * 100 + b"\xff\xfe" + b"that is " * 100, "special.txt": "ok".encode() * 500 + b"\xfe\xff"}
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_wrong_data(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).write_bytes(DATA[name])
+    is_one_clear_line(*shell("train", "transformer", "--train_data_path", name, "--max_steps", "2"))
+    is_one_clear_line(*shell("train", "transformer", "--dataset_name", str(tmp_path / name), "--max_steps", "2"))
+
+
+def test_folder_without_text_and_foreign_tokens(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "a.png").write_bytes(b"\x89PNG")
+    is_one_clear_line(*shell("train", "transformer", "--dataset_name", "pictures", "--max_steps", "2"))
+    is_one_clear_line(*shell("train", "transformer", "--data_dir", "pictures", "--max_steps", "2"))
+    (tmp_path / "text.txt").write_text("It was the best of times, it was the worst of times. " * 50)
+    code, out, err = shell("prepare", "--input", "text.txt", "--output", "chars", "--tokenizer", "char")
+    assert code in (0, None), err
+    code, out, err = shell("prepare", "--input", "text.txt", "--output", "bytes", "--tokenizer", "byte")
+    assert code in (0, None), err
+    (tmp_path / "chars" / "train.bin").replace(tmp_path / "bytes" / "train.bin")
+    is_one_clear_line(*shell("train", "transformer", "--data_dir", "bytes", "--max_steps", "2"))
+
+
+@pytest.mark.parametrize("words", [("trian",), ("train",), ("train", "transfromer"), ("train", "--batch_size", "3"), ("evaluate",), ("evaluate", "--model_path", "nowhere"), ("generate", "--model_path", "."),
+                                   ("generate", "--model_path", "x", "--top_p", "2"), ("runs", "show", "nothing"), ("runs", "delete", "/", "--yes"), ("runs", "lst"), ("prepare", "--input", "nowhere.txt", "--output", "out"),
+                                   ("prepare", "--output", "out"), ("completion", "csh"), ("doctor", "--now")])
+def test_wrong_commands(tmp_path, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    if words == ("train",): return   # shows the families
+    is_one_clear_line(*shell(*words))
+
+
+def test_in_a_process_of_its_own(tmp_path):
+    out = subprocess.run([str(Path(sys.executable).with_name("sprout-lab")), "train", "transformer", "--bach-size", "3"], capture_output=True, text=True, cwd=tmp_path)
+    is_one_clear_line(out.returncode, out.stdout, out.stderr)
+    assert "did you mean 'batch_size'" in out.stderr
+
+
+GUIDES = {
+    "transformer.yaml": "vocab_size: 256\ncontext_length: 64\nd_model: 32\nnum_layers: 2\nnum_heads: 2\nd_ff: 64\nbatch_size: 4\nlearning_rate: 1.0e-4\nmax_iters: 100000\n",
+    "slm.json": json.dumps({"experiment_name": "my_experiment", "model": {"type": "transformer"}, "data": {"max_seq_length": 512},
+                            "training": {"batch_size": 16, "gradient_accumulation_steps": 4, "learning_rate": 3e-4, "max_steps": 10000, "warmup_steps": 500, "scheduler": "cosine", "mixed_precision": "bf16"},
+                            "output": {"checkpoint_dir": "./checkpoints/my_experiment", "log_dir": "./checkpoints/my_experiment"}}),
+    "specdifftree.yaml": "experiment:\n  name: first\n  tags: [a, b]\n  notes: Description\ndataset:\n  name: tales\n  num_samples_train: 6300\nmodel:\n  type: transformer\n  gradient_checkpointing: false\n"
+                         "training:\n  num_epochs: 30\n  batch_size: 8\n  grad_clip_norm: 0.5\ndevice:\n  type: cpu\n",
+    "flat.json": json.dumps({"hidden_dim": 64, "num_heads": 4, "num_epochs": 3, "gradient_clip": 1.0, "max_length": 128, "save_every": 5000, "eval_every": 1000, "log_every": 100}),
+    "mot.yaml": "hidden_size: 64\nnum_layers: 4\nbatch_size: 16\nnum_epochs: 10\nwarmup_ratio: 0.2\nfp16: false\nnum_workers: 2\noutput_dir: outputs/small\n",
+}
+
+
+@pytest.mark.parametrize("name", GUIDES)
+def test_the_guides_formats_load(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).write_text(GUIDES[name])
+    code, out, err = shell("train", "transformer", "--config", name, "--dry_run")
+    assert code == 0, err
+    assert f"file {name}" in out
+
+
+def test_precedence_and_origins(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.yaml").write_text("batch_size: 7\nlearning_rate: 0.5\n")
+    code, out, err = shell("train", "transformer", "--config", "my.yaml", "--learning-rate", "0.25", "--dry-run")
+    assert code == 0, err
+    rows = {line.split()[0]: line.split() for line in out.splitlines() if line.startswith("  ")}
+    assert rows["batch_size"][1:3] == ["7", "file"] and rows["learning_rate"][1:] == ["0.25", "flag"]
+    assert rows["optimizer"][2:] == ["preset", "nano"] and rows["weight_decay"][2:] == ["default"]
