@@ -62,7 +62,7 @@ class FieldSpec:
         "The allowed values in words, for errors and for help."
         if self.choices: return "one of " + ", ".join(map(str, self.choices))
         words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", list: "a list", dict: "a mapping"}[self.type]
-        bounds = [f"{sign} {value:g}" for sign, value in
+        bounds = [f"{sign} {value:,}" if isinstance(value, int) else f"{sign} {value:g}" for sign, value in
                   (("at least", self.ge), ("above", self.gt), ("at most", self.le), ("below", self.lt)) if value is not None]
         return f"{words} {' and '.join(bounds)}".strip() + (", or none" if self.optional else "")
 

@@ -146,9 +146,8 @@ def make_trainer(run: RunConfig, *, data=None, extra_callbacks=(), say=print, ca
                 out.output_dir = str(new_run_folder(origin.folder.name, root=origin.folder.parent))
                 say(f"{origin.folder} has gone on to step {later[-1]}; {checkpoint.name} is continued in {out.output_dir}")
     data = data or load_data(run.data)
-    vocabulary = len(data.tokenizer) if data.tokenizer is not None else run.data.vocab_size
     special = {name: getattr(data.tokenizer, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in entry.config_class.settings.model_fields}
-    fields = {**run.model, **special, "vocab_size": max(vocabulary or 0, run.data.vocab_size or 0)}
+    fields = {**run.model, **special, "vocab_size": data.vocab_size}
     seed_everything(run.training.seed, 0)
     model = entry.model_class(run.objective)(entry.config_class(**fields))
     trainer = Trainer(model, data, run, callbacks, extra_callbacks=extra_callbacks, say=say)

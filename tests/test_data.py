@@ -24,7 +24,7 @@ from sprout_lab.data import prepare as prepare_module
 from sprout_lab.data.batches import Batches, Windows, permute
 from sprout_lab.data.corpora import Corpus, FileSource, corpora, character_start, load_corpus, read_text, wikitext_documents
 from sprout_lab.data.prepare import blocks, encode_block, file_kind, load_data, prepare, read_ids
-from sprout_lab.data.tokenizers import ByteTokenizer, CharTokenizer, fingerprint
+from sprout_lab.data.tokenizers import ByteTokenizer, CharTokenizer, document_end, encode_array, fingerprint, load_tokenizer
 from sprout_lab.data.tokens import HEADER_BYTES, TokenFile, TokenWriter, get_batch
 
 ROOT = Path(__file__).parent.parent
@@ -397,6 +397,19 @@ def test_blocks_never_change_the_ids(tmp_path, texts, size):
     assert sum(n for _, n, _ in found) + sum(d for _, _, d in found) == len(expected)
 
 
+@pytest.mark.parametrize("spec", ["bpe", "gpt2", "bert-base-uncased/vocab.txt", "sentencepiece/botchan_en_unigram_1000.model", "stories15M/tokenizer.bin"])
+def test_blocks_of_one_long_text_give_the_ids_of_the_whole(tmp_path, spec, small_blocks, lab_data, monkeypatch):
+    monkeypatch.setenv("SPROUT_LAB_DATA", str(lab_data("gpt2").parent))
+    text = "".join(load_corpus("tales").documents("validation"))[:40_000] + "世界，你好。" * 500
+    corpus = Corpus("t", {"train": [FileSource(tmp_path / "t.txt")]})
+    (tmp_path / "t.txt").write_text(text, encoding="utf-8")
+    tokenizer = load_tokenizer(spec if spec in ("bpe", "gpt2") else str(lab_data(spec)), corpus, 400 if spec == "bpe" else None)
+    found = [encode_block(tokenizer, block) for block in blocks(corpus, "train", tokenizer)]
+    expected = [*encode_array(tokenizer, text), document_end(tokenizer)]
+    assert np.concatenate([ids for ids, _, _ in found]).tolist() == expected and sum(n for _, n, _ in found) == len(text.encode())
+    assert len(found) > 5 or spec.endswith((".model", ".bin"))   # those have no certain cut, and keep a text whole
+
+
 def test_prepared_twice_is_done_once(tmp_path):
     first = prepare("tales", tmp_path / "out")
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.bin")}
@@ -421,11 +434,48 @@ def test_formats(tmp_path, format):
 
 
 def test_more_workers_give_the_same_files(tmp_path, small_blocks):
-    text = "".join(load_corpus("shakespeare").documents("validation"))[:60_000]
-    (tmp_path / "t.txt").write_text(text)
-    prepare(tmp_path / "t.txt", tmp_path / "one")
-    prepare(tmp_path / "t.txt", tmp_path / "three", num_workers=3)
-    assert digest(tmp_path / "one") == digest(tmp_path / "three")
+    "From a script without `if __name__ == '__main__'`, too."
+    source = tmp_path / "t.txt"
+    source.write_text("".join(load_corpus("shakespeare").documents("validation"))[:60_000])
+    prepare(source, tmp_path / "one", "bpe", vocab_size=300)
+    script = tmp_path / "script.py"
+    script.write_text(f"""
+import sprout_lab.data.prepare as p, sprout_lab.data.corpora as c
+print('once')
+p.blocks.__defaults__, c.BLOCK = (2000,), 2000
+p.prepare({str(source)!r}, {str(tmp_path / 'two')!r}, 'bpe', vocab_size=300, num_workers=2)""")
+    done = subprocess.run([sys.executable, script], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "once\n" and not done.returncode, done.stderr
+    assert digest(tmp_path / "one") == digest(tmp_path / "two")
+
+
+KILLED_WORKERS = """
+import os, sys, time
+import sprout_lab.data.tokenizers as t
+mode = sys.argv[1]
+def items():
+    yield from range(4)
+    for child in t.multiprocessing.active_children():
+        print(child.pid, flush=True)
+        if mode == "worker": os.kill(child.pid, 9)
+    if mode == "parent": os.kill(os.getpid(), 9)
+    yield from range(100)
+try: list(t.process_map(abs, items(), 2))
+except t.ConfigError as error: print(error)
+"""
+
+
+@pytest.mark.parametrize("mode", ["worker", "parent"])
+def test_processes_that_die(mode):
+    done = subprocess.run([sys.executable, "-c", KILLED_WORKERS, mode], env=os.environ | {"PYTHONPATH": str(ROOT)}, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    lines = done.stdout.splitlines()
+    if mode == "worker": assert "a working process died" in lines[-1] and "Traceback" not in done.stderr, done
+    pids = [int(l) for l in lines if l.isdigit()]
+    assert pids
+    for _ in range(100):
+        if not any(os.path.exists(f"/proc/{pid}") and "Z" not in Path(f"/proc/{pid}/stat").read_text().split(") ")[1][:1] for pid in pids): return
+        time.sleep(0.1)
+    raise AssertionError("a worker outlived its parent")
 
 
 SLOW_PREPARE = """
@@ -446,7 +496,7 @@ def test_killed_and_run_again_gives_the_same_file(tmp_path, small_blocks):
     prepare(source, tmp_path / "whole")
     code = SLOW_PREPARE.format(source=str(source), output=str(tmp_path / "killed"))
     chance, continued = random.Random(1), 0
-    for _ in range(6):
+    for _ in range(4):
         process = python(code)
         process.stdout.readline()
         time.sleep(chance.uniform(0.02, 0.25))
@@ -481,7 +531,7 @@ def test_full_disk_leaves_nothing_half_written(tmp_path):
 
 def test_processes_that_ask_together_share_the_cache(tmp_path):
     code = "from sprout_lab.data.prepare import load_data; d = load_data(); print(d.train.path, d.train.checksum, len(d.validation))"
-    together = [python(code, SPROUT_LAB_CACHE=str(tmp_path)) for _ in range(3)]
+    together = [python(code, SPROUT_LAB_CACHE=str(tmp_path)) for _ in range(2)]
     assert len({finished(p) for p in together}) == 1
     assert len(list((tmp_path / "data").iterdir())) == 1
 

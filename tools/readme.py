@@ -31,7 +31,7 @@ def render() -> str:
             elif text: parts.append(f"```text\n{''.join(text).rstrip()}\n```")
     text = "\n\n".join(parts) + "\n"
     for key, value in address().items(): text = text.replace("{" + key + "}", value)
-    return "<!-- written by tools/readme.py from nbs/index.ipynb; edit that -->\n" + text.replace("](../", "](").replace('src="../', 'src="')
+    return "<!-- written by tools/readme.py from nbs/index.ipynb; edit that -->\n" + text.replace("](images/", "](nbs/images/")
 
 
 if __name__ == "__main__":

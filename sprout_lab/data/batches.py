@@ -111,7 +111,7 @@ class Windows:
         last = len(self.tokens) - 1
         rows = gather(self.tokens, np.minimum(positions, last).reshape(-1), 1).reshape(positions.shape)
         rows = torch.from_numpy(rows)
-        batch = {"input_ids": rows[:, :-1].contiguous(), "shift_labels": rows[:, 1:].contiguous()}
+        batch = {"input_ids": rows[:, :-1].clone(), "shift_labels": rows[:, 1:].clone()}   # one row alone would share its memory
         missing = torch.from_numpy(positions[:, 1:] > last)
         if missing.any():
             batch["shift_labels"][missing] = -100

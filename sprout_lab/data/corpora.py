@@ -441,10 +441,12 @@ class HubSource:
             if self.column not in columns:
                 raise ConfigError(f"{self.name}: has no column {self.column!r}{nearest(self.column, columns)}; there are: {', '.join(columns)}; set text_column")
             rows = rows.select_columns([self.column])
-        rows, number = iter(rows), 0
-        while (row := _hub_call(self.name, lambda datasets: next(rows, None))) is not None:
-            yield row_text(row, self.column, f"{self.name}, row {number}")
-            number += 1
+        batches, number = rows.iter(batch_size=64), 0   # `iter` gives all rows; plain iteration in a loader's worker would give its share only
+        while (batch := _hub_call(self.name, lambda datasets: next(batches, None))) is not None:
+            columns = list(batch)
+            for values in zip(*batch.values()):
+                yield row_text(dict(zip(columns, values)), self.column, f"{self.name}, row {number}")
+                number += 1
 
     def documents(self) -> Iterator[Document]:
         texts = self.divide(self.texts()) if self.divide else self.texts()
@@ -526,7 +528,7 @@ def load_corpus(name, config: str | None = None, split: str = "train", column: s
     if path.exists(): return local_corpus(path, column, **settings)
     looks_like_path = text.startswith((".", "/", "~")) or path.suffix in (".gz", ".xz", ".json", ".csv", ".md", *_TEXT_ENDINGS) or text.count("/") > 1
     if looks_like_path: raise missing(path)
-    hint = nearest(text, corpora)
+    hint = nearest(text, corpora) if "/" not in text else ""
     if hint or "/" not in text and not re.fullmatch(r"[A-Za-z0-9][\w.-]*", text):
         raise ConfigError(f"dataset_name={text!r}: no such corpus, file or folder{hint}; the corpora are {', '.join(corpora)}")
     return hub_corpus(text, config, split, column, streaming=max_samples is not None, **settings)

@@ -11,15 +11,12 @@ __all__ = ['log', 'BLOCK_CHARACTERS', 'FILE_NAMES', 'FORMATS', 'blocks', 'encode
 import hashlib
 import json
 import logging
-import multiprocessing
 import os
 import shutil
 import sys
 import time
-from collections import deque
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Iterator
 
@@ -29,7 +26,7 @@ from tqdm import tqdm
 
 from ..configs import ConfigError, DataConfig, nearest
 from .corpora import Corpus, FileSource, load_corpus, local_corpus, missing, read_text, scan, text_files
-from .tokenizers import TRAINED, Tokenizer, cut_point, document_end, encode_array, fingerprint, load_tokenizer, resolve_tokenizer, save_tokenizer, token_bytes
+from .tokenizers import TRAINED, Tokenizer, cut_point, document_end, encode_array, fingerprint, load_tokenizer, process_map, resolve_tokenizer, save_tokenizer, token_bytes
 from .tokens import MAGIC, TokenFile, TokenWriter, token_dtype
 
 log = logging.getLogger("sprout_lab")
@@ -63,31 +60,19 @@ def encode_block(tokenizer, block: list[tuple[str, bool]]) -> tuple[np.ndarray, 
         if ends and end is not None: pieces.append(np.array([end], dtype))
     return np.concatenate(pieces), sum(len(t.encode()) for t, _ in block), sum(ends for _, ends in block)
 
-# %% ../../nbs/data/prepare.ipynb #4a896615
-_tokenizer = None
+# %% ../../nbs/data/prepare.ipynb #9f047d1c
+_tokenizer = None   # a working process's own
 
-def _start_worker(tokenizer):
+def _set_tokenizer(tokenizer):
     global _tokenizer
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _tokenizer = tokenizer
 
-def _work(block): return encode_block(_tokenizer, block)
+def _encode(named): return named[0], encode_block(_tokenizer, named[1])
 
-def encoded(stream: Iterator, tokenizer, num_workers: int = 0) -> Iterator[tuple[np.ndarray, int, int]]:
-    "`encode_block` of each block, in order, by `num_workers` processes (0 or 1: by this one)."
-    if num_workers < 2:
-        for block in stream: yield encode_block(tokenizer, block)
-        return
-    pool = ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), _start_worker, (tokenizer,))
-    waiting: deque[Future] = deque()
-    try:
-        for block in stream:
-            waiting.append(pool.submit(_work, block))
-            if len(waiting) > 2 * num_workers: yield waiting.popleft().result()
-        while waiting: yield waiting.popleft().result()
-    except BrokenProcessPool:
-        raise ConfigError(f"num_workers={num_workers}: a tokenizing process died (out of memory?); run the same command again with fewer, it continues") from None
-    finally: pool.shutdown(wait=True, cancel_futures=True)
+def encoded(stream: Iterator, tokenizer, num_workers: int = 0) -> Iterator[tuple]:
+    "Pairs (name, block) as (name, `encode_block` of the block), in order, by `num_workers` processes (0 or 1: by this one)."
+    if num_workers < 2: return ((name, encode_block(tokenizer, block)) for name, block in stream)
+    return process_map(_encode, stream, num_workers, _set_tokenizer, (tokenizer,))
 
 # %% ../../nbs/data/prepare.ipynb #abb51c4d
 FILE_NAMES = {"train": "train", "validation": "val", "test": "test"}
@@ -113,29 +98,53 @@ def _read_json(path: Path) -> dict:
     try: return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError): return {}
 
-def _prepare_split(corpus, split, tokenizer, work: Path, journal: dict, num_workers: int, bar) -> None:
-    "Write `work/<split>.bin`, going on from the journal."
-    path, part, done = work / f"{split}.bin", work / f"{split}.part", journal["splits"].setdefault(split, {"blocks": 0, "state": None, "finished": False})
-    if done["finished"] and path.exists(): bar.update(done["state"]["num_bytes"]); return
-    if not part.exists(): done |= {"blocks": 0, "state": None, "finished": False}
-    writer = TokenWriter(path, len(tokenizer), fingerprint(tokenizer), f"{corpus.name} {split}", resume=done["state"], beside=part)
-    try:
-        if done["state"]: bar.update(done["state"]["num_bytes"])
-        stream = blocks(corpus, split, tokenizer)
-        for _ in range(done["blocks"]): next(stream)
-        saved = time.monotonic()
-        for ids, num_bytes, num_documents in encoded(stream, tokenizer, num_workers):
-            writer.write(ids, num_bytes, num_documents)
-            done["blocks"] += 1
-            bar.update(num_bytes)
-            if time.monotonic() - saved > 2:
-                done["state"] = writer.state()
-                _write_json(work / "journal.json", journal)
-                saved = time.monotonic()
-        done |= {"state": writer.state(), "finished": True}
-        writer.close()
-        _write_json(work / "journal.json", journal)
-    finally: writer.abandon()
+class _Work:
+    "The unfinished files of a preparation, one per split, and the journal that says how far each has come."
+
+    def __init__(self, corpus: Corpus, tokenizer, folder: Path, journal: dict, num_workers: int, bar):
+        self.corpus, self.tokenizer, self.folder, self.journal, self.num_workers, self.bar = corpus, tokenizer, folder, journal, num_workers, bar
+        self.saved = time.monotonic()
+
+    def facts(self, split: str) -> dict: return self.journal["splits"].setdefault(split, {"blocks": 0, "state": None, "finished": False})
+
+    def stream(self) -> Iterator[tuple]:
+        "What is left to do: (split, block)."
+        for split in self.corpus.splits:
+            facts = self.facts(split)
+            if not facts["finished"]: yield from ((split, block) for block in islice(blocks(self.corpus, split, self.tokenizer), facts["blocks"], None))
+
+    def write(self) -> None:
+        "Tokenize and write all splits, one after the other."
+        for split in self.corpus.splits:   # a file that its journal does not know, or the other way round, is begun again
+            facts = self.facts(split)
+            if not (self.folder / f"{split}.{'bin' if facts['finished'] else 'part'}").exists(): facts |= {"blocks": 0, "state": None, "finished": False}
+            self.bar.update((facts["state"] or {}).get("num_bytes", 0))
+        results = encoded(self.stream(), self.tokenizer, self.num_workers)
+        waiting = next(results, None)
+        for split in self.corpus.splits:
+            facts = self.facts(split)
+            if facts["finished"]: continue
+            writer = TokenWriter(self.folder / f"{split}.bin", len(self.tokenizer), fingerprint(self.tokenizer), f"{self.corpus.name} {split}",
+                                 resume=facts["state"], beside=self.folder / f"{split}.part")
+            try:
+                while waiting is not None and waiting[0] == split:
+                    ids, num_bytes, num_documents = waiting[1]
+                    writer.write(ids, num_bytes, num_documents)
+                    facts["blocks"] += 1
+                    self.bar.update(num_bytes)
+                    if time.monotonic() - self.saved > 2: self.save(split, writer)
+                    waiting = next(results, None)
+                self.save(split, writer)
+                writer.close()
+            finally: writer.abandon()
+            facts["finished"] = True
+            _write_json(self.folder / "journal.json", self.journal)
+
+    def save(self, split: str, writer: TokenWriter) -> None:
+        "Force what was written to the disk, then tell the journal."
+        self.facts(split)["state"] = writer.state()
+        _write_json(self.folder / "journal.json", self.journal)
+        self.saved = time.monotonic()
 
 def _convert(tokens: TokenFile, path: Path, format: str) -> None:
     "A token file as .npy, or as ids in text (1,000 in a line)."
@@ -187,7 +196,7 @@ def _prepare(corpus, output, key, tokenizer, vocab_size, format, num_workers, cr
         _write_json(work / "journal.json", journal)
         os.replace(work / "unfinished", work / "tokenizer")
     with tqdm(desc=f"{corpus.name} → {output.name}", unit="B", unit_scale=True, disable=not progress) as bar:
-        for split in corpus.splits: _prepare_split(corpus, split, tokenizer, work, journal, num_workers, bar)
+        _Work(corpus, tokenizer, work, journal, num_workers, bar).write()
     stats = {"key": key, "name": corpus.name, "title": corpus.title, "licence": corpus.licence, "provenance": corpus.provenance, "format": format,
              "tokenizer": type(tokenizer).__name__, "vocab_size": len(tokenizer), "fingerprint": fingerprint(tokenizer), "max_seq_length": max_seq_length,
              "splits": {split: _statistics(TokenFile.open(work / f"{split}.bin"), tokenizer, max_seq_length, create_stats) for split in corpus.splits}}

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SUMS', 'PRECISIONS', 'bits_per_byte', 'perplexity', 'target_ranks', 'top_k_accuracy', 'token_sums', 'summarize',
            'aligned_targets', 'evaluation_mode', 'evaluate_sums', 'evaluate_model', 'invalid_bytes', 'utf8_validity',
-           'distinct_n', 'byte_entropy', 'baselines']
+           'distinct_n', 'byte_entropy', 'baselines', 'held_out_baselines']
 
 # %% ../../nbs/evaluation/metrics.ipynb #e79ce1ce
 import bz2
@@ -191,3 +191,8 @@ def baselines(text: bytes | str) -> dict[str, float]:
     if not raw: raise ConfigError("the text is empty; baselines need at least one byte")
     packed = {"gzip": len(gzip.compress(raw, 9, mtime=0)), "bzip2": len(bz2.compress(raw, 9))}
     return {"single characters": byte_entropy(raw)} | {name: bits_per_byte(8 * math.log(2) * size, len(raw)) for name, size in packed.items()}
+
+def held_out_baselines(data, most: int = 2**20) -> dict[str, float]:
+    "`baselines` of the text that a run held out (its first `most` tokens); nothing where there is no text behind the tokens. `data`: see `data/prepare`."
+    if data.tokenizer is None or data.validation.bytes_per_token is None: return {}
+    return baselines(data.tokenizer.decode([int(i) for i in data.validation[:most]]))

@@ -22,6 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from ..configs import ConfigError, setting
+from ..kernels.elementwise import rms_norm, rotary, rotary_reference, swiglu
 from .config import ModelConfig
 
 # %% ../../nbs/models/transformer.ipynb #491c0d06
@@ -105,25 +106,6 @@ class Embedding(nn.Embedding):
         nn.init.trunc_normal_(self.weight, std=1.0, a=-3.0, b=3.0)
 
 # %% ../../nbs/models/transformer.ipynb #35b7304b
-class _NormOnCPU(torch.autograd.Function):
-    "RMSNorm whose backward pass is LayerNorm's kernel at mean zero, corrected: 250 instead of 570 µs at (12, 64, 128), float32, one thread."
-
-    @staticmethod
-    def forward(ctx, x, weight, eps):
-        rstd = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, weight, rstd)
-        return (x * rstd).mul_(weight)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        x, weight, rstd = ctx.saved_tensors
-        d = x.shape[-1]
-        grad_x, grad_weight, _ = torch.ops.aten.native_layer_norm_backward(
-            grad.contiguous(), x, (d,), torch.zeros_like(rstd), rstd, weight, None, (True, True, False))
-        grad_x.addcmul_(rstd, grad.reshape(-1, d).mv(weight / d).view(rstd.shape))
-        return grad_x, grad_weight, None
-
 class RMSNorm(nn.Module):
     "Root-mean-square norm over the last dimension, `(..., d_model)` → same shape and dtype; computed in float32 (float64 stays float64)."
 
@@ -132,14 +114,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(d_model, device=device, dtype=dtype))
 
-    def forward(self, x):
-        weight = self.weight
-        if x.dtype in (torch.bfloat16, torch.float16):
-            return F.rms_norm(x.float(), weight.shape, weight.float(), self.eps).to(x.dtype)
-        weight = weight.to(x.dtype)
-        if x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return _NormOnCPU.apply(x.contiguous(), weight, self.eps)
-        return F.rms_norm(x, weight.shape, weight, self.eps)
+    def forward(self, x, dtype=None): return rms_norm(x, self.weight, self.eps, dtype)   # `dtype`: of the result, by default x's
 
     def extra_repr(self): return f"{self.weight.shape[0]}, eps={self.eps}"
 
@@ -154,7 +129,7 @@ class SwiGLU(nn.Module):
         self.w2 = Linear(d_ff, d_model, device, dtype)
         self.w3 = Linear(d_model, d_ff, device, dtype)
 
-    def forward(self, x): return self.w2(F.silu(self.w1(x)) * self.w3(x))
+    def forward(self, x): return self.w2(swiglu(self.w1(x), self.w3(x)))
 
 class SiLUFeedForward(nn.Module):
     "Feed-forward network without a gate, `w2(silu(w1 x))`. Its width is 3/2·`d_ff`, so that it has the parameters of a `SwiGLU(d_model, d_ff)`."
@@ -181,42 +156,24 @@ class RotaryPositionalEmbedding(nn.Module):
         self.theta, self.d_k, self.max_seq_len, self.half = theta, d_k, max_seq_len, half
         self._tables = {}
 
-    def _table(self, like: torch.Tensor):
-        "Complex turns `(max_seq_len, d_k/2)` where the device multiplies complex numbers well, else a pair of cosines and sines."
-        complex_ = like.device.type == "cpu" and not torch.compiler.is_compiling()
+    def turns(self, like: torch.Tensor, token_positions: torch.Tensor | None = None, start: int = 0, length: int | None = None) -> tuple:
+        """Cosines and sines `(length, d_k/2)` for positions `start … start+length-1`, or `(*token_positions.shape, d_k/2)` for explicit
+        positions; on `like`'s device, in float32, or float64 if it is."""
         real = torch.float64 if like.dtype == torch.float64 else torch.float32
-        key = (like.device, real, complex_)
-        if key not in self._tables:
+        if (like.device, real) not in self._tables:
             frequency = self.theta ** (-torch.arange(0, self.d_k, 2, dtype=torch.float64) / self.d_k)
             angle = torch.outer(torch.arange(self.max_seq_len, dtype=torch.float64), frequency)
-            cos, sin = angle.cos().to(like.device, real), angle.sin().to(like.device, real)
-            self._tables[key] = (torch.complex(cos, sin),) if complex_ else (cos, sin)
-        return self._tables[key]
-
-    def turns(self, like: torch.Tensor, token_positions: torch.Tensor | None, start: int = 0, length: int | None = None) -> tuple:
-        """The turns for positions `start … start+length-1`, or for explicit `token_positions`; with `like`'s device and precision.
-        Each entry is `(length, d_k/2)` or `(*token_positions.shape, d_k/2)`."""
-        if token_positions is None: return tuple(t[start:start + length] for t in self._table(like))
-        return tuple(t[token_positions] for t in self._table(like))
-
-    def rotate(self, x: torch.Tensor, turns: tuple) -> torch.Tensor:
-        "`x (..., length, d_k)` turned; `turns` broadcast against its leading dimensions."
-        wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-        if len(turns) == 1 and not self.half:
-            pairs = torch.view_as_complex(wide.view(*x.shape[:-1], -1, 2) if wide.is_contiguous() else wide.unflatten(-1, (-1, 2)))
-            turned = torch.view_as_real(pairs * turns[0]).flatten(-2)
-            return turned if wide is x else turned.to(x.dtype)
-        cos, sin = (turns[0].real, turns[0].imag) if len(turns) == 1 else turns
-        a, b = wide.chunk(2, -1) if self.half else wide.unflatten(-1, (-1, 2)).unbind(-1)
-        turned = a * cos - b * sin, a * sin + b * cos
-        return (torch.cat(turned, -1) if self.half else torch.stack(turned, -1).flatten(-2)).to(x.dtype)
+            self._tables[like.device, real] = angle.cos().to(like.device, real), angle.sin().to(like.device, real)
+        cos, sin = self._tables[like.device, real]
+        if token_positions is not None: return cos[token_positions], sin[token_positions]
+        return cos.narrow(0, start, length), sin.narrow(0, start, length)
 
     def forward(self, x: torch.Tensor, token_positions: torch.Tensor | None = None) -> torch.Tensor:
-        "`x (..., length, d_k)`; `token_positions (..., length)`, by default 0 … length-1."
-        turns = self.turns(x, token_positions, 0, x.shape[-2])
-        if token_positions is not None:   # positions may lack the head dimension: (batch, length) with (batch, heads, length, d_k)
-            while turns[0].dim() < x.dim() and turns[0].dim() > 2: turns = tuple(t.unsqueeze(-3) for t in turns)
-        return self.rotate(x, turns)
+        """`x (..., length, d_k)`; `token_positions (..., length)`, by default 0 … length-1. Positions `(batch, length)` serve
+        `x (batch, heads, length, d_k)`, too."""
+        cos, sin = self.turns(x, token_positions, 0, x.shape[-2])
+        while 2 < cos.dim() < x.dim(): cos, sin = cos.unsqueeze(-3), sin.unsqueeze(-3)
+        return rotary_reference(x.unsqueeze(-2), cos, sin, self.half).squeeze(-2)
 
     def extra_repr(self): return f"theta={self.theta:g}, d_k={self.d_k}, max_seq_len={self.max_seq_len}{', half' if self.half else ''}"
 
@@ -278,10 +235,8 @@ class MultiHeadSelfAttention(nn.Module):
         q, k, v = self.q_proj(x).view(heads), self.k_proj(x).view(heads), self.v_proj(x).view(heads)
         if self.q_norm is not None: q, k = self.q_norm(q), self.k_norm(k)
         if self.rope is not None:
-            if turns is None:   # (…, length, 1, d/2) broadcasts over heads
-                turns = tuple(t.unsqueeze(-2) for t in self.rope.turns(q, token_positions, 0, length))
-            q = self.rope.rotate(q, turns)
-            k = self.rope.rotate(k, turns if k.shape[2] == q.shape[2] else tuple(t[..., :k.shape[2], :] for t in turns))
+            cos, sin = self.rope.turns(q, token_positions, 0, length) if turns is None else turns
+            q, k = rotary(q, cos, sin, self.rope.half), rotary(k, cos, sin, self.rope.half)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if past_key_values is not None: k, v = past_key_values.update(k, v, self.layer_idx)
         mixed = attend(q, k, v, mask, causal and mask is None, self.dropout if self.training else 0.0, weights)
@@ -309,10 +264,11 @@ class TransformerBlock(GradientCheckpointingLayer):
     def forward(self, hidden_states, token_positions=None, **context):
         "`context`: what the attention takes beside its input (`turns`, `mask`, `causal`, `past_key_values`, `weights`)."
         x = hidden_states
+        # under autocast the norm gives its result in 16 bits at once, instead of every projection converting it
+        low = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
         for branch, norm in ((lambda y: self.self_attn(y, token_positions, **context), self.input_layernorm),
                              (self.mlp, self.post_attention_layernorm)):
-            y = norm(x) if self.norm == "pre" else x
-            if torch.is_autocast_enabled(y.device.type): y = y.to(torch.get_autocast_dtype(y.device.type))   # once, not in every projection
+            y = norm(x, low) if self.norm == "pre" else x
             y = branch(y)
             if self.dropout: y = F.dropout(y, self.dropout, self.training)
             x = x + y
@@ -504,10 +460,7 @@ class TransformerModel(TransformerPreTrainedModel):
         short_training = device.type == "cpu" and dtype in (torch.bfloat16, torch.float16) and length <= 512 and past == 0 and torch.is_grad_enabled()
         if output_attentions or short_training or config._attn_implementation == "eager":
             if mask is None or mask.dtype == torch.bool: mask = attention_bias(mask, length, past + length, dtype, device)
-        turns = None
-        if self.rope is not None:
-            # repeated per head: long contiguous rows multiply four times faster than broadcast ones
-            turns = tuple(t.unsqueeze(-2).expand(*t.shape[:-1], config.num_attention_heads, -1).contiguous() for t in self.rope.turns(x, position_ids, past, length))
+        turns = None if self.rope is None else self.rope.turns(x, position_ids, past, length)
 
         states = [x] if output_hidden_states else None
         for layer in self.layers:

@@ -19,6 +19,7 @@ import time
 from safetensors import SafetensorError
 
 from ..configs import ConfigError, RunConfig
+from ..evaluation.metrics import held_out_baselines
 from ..runs import CsvLog, EVAL_COLUMNS, TRAINING_COLUMNS, read_log
 
 # %% ../../nbs/trainers/callbacks.ipynb #7d2a48f7
@@ -263,7 +264,7 @@ class Results(Callback):
         from sprout_lab.visualizers.curves import plot_bits_per_byte
         train, validation = read_log(trainer.run.training_log), read_log(trainer.run.eval_log)
         if not validation.get("bits_per_byte") or validation["bits_per_byte"][0] is None: return
-        figure = plot_bits_per_byte({trainer.config.family: {"train": train, "validation": validation}})
+        figure = plot_bits_per_byte({trainer.config.family: {"train": train, "validation": validation}}, baselines=held_out_baselines(trainer.data))
         trainer.run.results.mkdir(parents=True, exist_ok=True)
         figure.savefig(trainer.run.results / "bits_per_byte.png", dpi=150, bbox_inches="tight")
 
