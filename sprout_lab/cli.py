@@ -183,7 +183,7 @@ def train():
 @click.option("--val_fraction", type=float, default=0.1, show_default=True, help="Share of the documents held out.")
 @click.option("--split_seed", type=int, default=0, show_default=True, help="Seed of the split.")
 @click.option("--max_samples", type=int, help="Use only the first so many documents.")
-@click.option("--max_seq_length", type=int, help="Cut documents to so many tokens.")
+@click.option("--max_seq_length", type=int, help="Count sequences of so many tokens in the statistics; the files are streams.")
 @click.option("--format", "file_format", type=click.Choice(["bin", "npy", "ids"]), default="bin", show_default=True, help="bin: checked memory-mapped file; npy; ids: token ids as text.")
 @click.option("--num_workers", type=int, default=None, help="Processes that tokenize [all cores]; the result does not depend on it.")
 @click.option("--create_stats", is_flag=True, help="Write stats.json: counts, lengths, bytes per token.")
@@ -307,15 +307,20 @@ def import_llama2c_command(model_bin, tokenizer, output):
 @click.argument("run", metavar="RUN")
 @click.option("--output", "--output_dir", "output", metavar="DIR", required=True, help="Folder for the exported model.")
 @click.option("--llama", is_flag=True, help="As a plain Hugging Face Llama, where the shape allows it; without it, as the lab's own model.")
-def export_command(run, output, llama):
+@click.option("--ternary", is_flag=True, help="An SLM or HNetBit with its weights at 2 bits.")
+def export_command(run, output, llama, ternary):
     "Write a run's best model as a Hugging Face folder of its own, with its tokenizer."
     from sprout_lab.families import load_model
     from sprout_lab.models.llama2c import export_llama
+    if llama and ternary: raise ConfigError("llama and ternary exclude one another; keep one of them")
     folder = _new_folder(output)
     model, tokenizer = load_model(run, say=lambda words: click.echo(words, err=True))
-    (export_llama(model) if llama else model).save_pretrained(folder)
+    if ternary:
+        from sprout_lab.models.ternary import export_ternary
+        export_ternary(model, folder)
+    else: (export_llama(model) if llama else model).save_pretrained(folder)
     if tokenizer is not None: tokenizer.save_pretrained(folder)
-    click.echo(f"{folder}: {'a Llama' if llama else 'the model'}, {sum(p.numel() for p in model.parameters()):,} parameters")
+    click.echo(f"{folder}: {'a Llama' if llama else 'the model, ternary' if ternary else 'the model'}, {sum(p.numel() for p in model.parameters()):,} parameters")
 
 def _new_folder(path) -> Path:
     "A folder that may be written: not there yet, or empty."

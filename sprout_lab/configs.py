@@ -192,6 +192,7 @@ class TrainingConfig(Settings):
     mixed_precision: Annotated[Literal["no", "bf16", "fp16", "auto"], setting("Arithmetic of the forward pass; auto is bf16 or fp16 on a GPU that has it, no elsewhere.")] = "no"
     gradient_checkpointing: Annotated[bool, setting("Recompute activations in the backward pass: less memory, more time.")] = False
     compile: Annotated[bool, setting("Compile the model with torch.compile.")] = False
+    parallel: Annotated[Literal["data", "sharded", "tensor"], setting("How several processes (torchrun) share a Transformer: data: each has it whole; sharded: FSDP2; tensor: each has some of the heads.")] = "data"
     eval_interval: Annotated[int, setting("Steps between evaluations.", ge=1, unit="steps")] = 100
     eval_batches: Annotated[int | None, setting("Held-out batches per evaluation during training; none evaluates on all.", ge=1, unit="batches")] = 20
     save_interval: Annotated[int, setting("Steps between checkpoints.", ge=1, unit="steps")] = 500
@@ -206,6 +207,9 @@ class TrainingConfig(Settings):
     def check(self):
         if self.max_steps is None and self.num_epochs is None:
             raise ConfigError("neither max_steps nor num_epochs is set; a run needs an end, give one of them")
+        if self.parallel != "data":
+            for name, refused, instead in (("mixed_precision", "fp16", "bf16 or no"), ("compile", True, "no_compile")):
+                if getattr(self, name) == refused: raise ConfigError(f"{name}={str(refused).lower()} does not work with parallel={self.parallel}; use {instead}, or parallel=data")
         if self.min_learning_rate is not None and self.min_learning_rate > self.learning_rate:
             raise ConfigError(f"min_learning_rate={self.min_learning_rate:g} is above learning_rate={self.learning_rate:g}; the schedule only goes down, lower it")
         if self.lr_decay_steps is not None and self.warmup_ratio is None and self.warmup_steps > self.lr_decay_steps:
@@ -381,7 +385,7 @@ class RunConfig:
         for name, values in self.to_dict().items():
             for key, value in values.items():
                 source = self.sources.get(key, "default")
-                if key == "type" or source == "default" or source.startswith("preset"): continue
+                if key == "type" or source == "default" or source.startswith(("preset", "set aside", "follows")): continue
                 if isinstance(value, bool): flags.append(f"--{'' if value else 'no_'}{key}")
                 elif isinstance(value, list): flags += [f"--{key} {shlex.quote(str(v))}" for v in value]
                 else: flags.append(f"--{key} {shlex.quote('none' if value is None else str(value))}")

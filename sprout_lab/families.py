@@ -15,6 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM,
 from .configs import ConfigError, RunConfig, nearest, preset_names, read_preset, canonical, resolve, sections
 from .data.prepare import load_data
 from .data.tokenizers import load_tokenizer, register_tokenizers
+from .models.hnet import HNetBitConfig, HNetBitForCausalLM
+from .models.slm import SLMConfig, SimplifiedSLMForCausalLM
 from .models.transformer import TransformerConfig, TransformerForCausalLM
 from .runs import Run, find_checkpoint, new_run_folder
 from .trainers.checkpoints import no_progress_bars
@@ -69,6 +71,10 @@ class Family:
 families: dict[str, Family] = {family.name: family for family in (
     Family("transformer", "Transformer", "The baseline: pre-norm RMSNorm, RoPE, causal attention, SwiGLU.", TransformerConfig,
            {"causal": TransformerForCausalLM}, pictures=("attention", "embeddings", "surprise")),
+    Family("slm", "SLM", "Ternary recurrent bytes: no attention, weights of -1, 0 and 1, a state of fixed size.", SLMConfig,
+           {"causal": SimplifiedSLMForCausalLM}, pictures=("half_lives", "ternary_weights", "surprise")),
+    Family("hnet", "HNetBit", "A hierarchy that learns where to cut a text, of ternary recurrent blocks.", HNetBitConfig,
+           {"causal": HNetBitForCausalLM}, pictures=("chunks", "half_lives", "ternary_weights", "surprise")),
 )}
 
 for family in families.values():

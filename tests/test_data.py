@@ -195,6 +195,13 @@ def test_get_batch_is_uniform_and_seeded(tmp_path):
     refused(lambda: get_batch(mapped, 2, 100), "101")
 
 
+@pytest.mark.cuda
+def test_get_batch_on_a_gpu():
+    x, y = get_batch(np.arange(1000), 8, 16, "cuda")
+    torch.cuda.synchronize()
+    assert x.is_cuda and torch.equal(x + 1, y)
+
+
 @settings(max_examples=80, deadline=None)
 @given(n=st.integers(2, 300), length=st.integers(1, 40), batch_size=st.integers(1, 7))
 def test_windows_predict_each_token_once(n, length, batch_size):
@@ -261,6 +268,9 @@ def test_wrong_paths_are_one_line(tmp_path):
         refused(use(train_data_path=str(tmp_path / name)), *parts)
         refused(use(dataset_name=str(tmp_path / name)), *parts)
     refused(use(dataset_name="shakespere"), "'shakespeare'")
+    for name in ("", " ", "x" * 5000, "a/" * 300, "~nobody-of-that-name/x.txt", "nul\0l.txt", "no such text.txt", "/dev/null"):
+        refused(use(dataset_name=name))
+        if name.strip(): refused(use(train_data_path=name)), refused(use(data_dir=name)), refused(use(tokenizer=name))
     refused(use(data_dir=str(tmp_path / "nowhere")), "no such")
     refused(use(data_dir=str(tmp_path / "nothing")), "no text")
     refused(use(text_column="story", train_data_path=str(tmp_path / "number.jsonl")), "'story'", "text_column")
@@ -600,6 +610,9 @@ def test_wrong_ids_are_one_line(tmp_path):
     refused(use("ids.txt", val_data_path=str(tmp_path / "text.txt")), "both as text")
     refused(use("ids.txt", val_data_path=str(tmp_path / "nothing.txt")), "no such")
     prepare("tales", tmp_path / "chars", tokenizer="char")
+    refused(lambda: load_data(DataConfig(data_dir=str(tmp_path / "chars"), vocab_size=70)), "vocab_size=70", "81")
+    assert load_data(DataConfig(data_dir=str(tmp_path / "chars"), vocab_size=100)).vocab_size == 81
+    assert load_data(DataConfig(data_dir=str(tmp_path / "chars"), vocab_size=50257)).vocab_size == 50257
     refused(lambda: load_data(DataConfig(data_dir=str(tmp_path / "chars"), tokenizer="byte")), "another tokenizer")
 
 

@@ -1,8 +1,5 @@
 """Hub data sets in their own formats, from local folders: never the network."""
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import datasets
@@ -189,6 +186,10 @@ def test_preparing_like_the_guides(tmp_path, capsys):
     tokenizer.save(tmp_path / "vocab.json", tmp_path / "merges.txt")
     files = dict(vocab=str(tmp_path / "vocab.json"), merges=str(tmp_path / "merges.txt"))
     stats = prepare_from_options(**files, input_path=str(texts), output=str(tmp_path / "data"), create_stats=True)
+    assert "most frequent" in capsys.readouterr().out
+    again = prepare_from_options(**files, input_path=str(texts), output=str(tmp_path / "data"), max_seq_length=16)
+    assert again["splits"]["train"]["num_sequences"] == (stats["splits"]["train"]["num_tokens"] - 1) // 16
+    stats = again
     assert stats["splits"]["train"]["used_tokens"] > 10 and json.loads((tmp_path / "data" / "stats.json").read_text()) == stats
     assert TokenFile.open(tmp_path / "data" / "train.bin", tokenizer).num_documents + TokenFile.open(tmp_path / "data" / "val.bin").num_documents == 12
     prepare_from_options(**files, input_path=str(texts / "0.txt"), output=str(tmp_path / "ids"), file_format="ids")

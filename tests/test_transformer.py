@@ -289,3 +289,109 @@ def test_the_laws_notice_a_broken_model():
     model.model._pattern = lambda mask, *rest: whole(None, *rest)          # ignores padding
     with pytest.raises(AssertionError, match="alone or together"):
         check_alone_or_together(model)
+
+
+def without_kernels(monkeypatch):
+    "As on a machine without a compiler."
+    monkeypatch.setattr("sprout_lab.kernels.elementwise.load_c", lambda *_: None)
+    monkeypatch.setattr("sprout_lab.kernels.decode.load_c", lambda *_: None)
+
+
+@pytest.mark.parametrize("switches", SWITCHES.values(), ids=SWITCHES.keys())
+def test_kernels_change_nothing_but_rounding(switches, monkeypatch):
+    "Training and decoding in float32, with the C kernels and without them."
+    model = perturbed(build(**{**switches, "dropout": 0.0})).float()
+    ids = random_ids(model, 3, 14)
+    left = torch.tensor([[0] * 4 + [1] * 10, [1] * 14, [0] * 7 + [1] * 7])
+
+    def everything():
+        model.zero_grad()
+        model.train()
+        model(ids, labels=ids).loss.backward()
+        model.eval()
+        found = [p.grad.clone() for p in model.parameters()]
+        with torch.no_grad():
+            for mask in (None, left):
+                first = model(ids[:, :9], attention_mask=None if mask is None else mask[:, :9], use_cache=True)
+                for t in range(9, 14):
+                    first = model(ids[:, t:t + 1], attention_mask=None if mask is None else mask[:, :t + 1], past_key_values=first.past_key_values)
+                    found.append(first.logits)
+        return found
+
+    with_kernels = everything()
+    without_kernels(monkeypatch)
+    for ours, plain in zip(with_kernels, everything()):
+        assert (ours - plain).abs().max() < 1e-4 * max(1.0, plain.abs().max())
+
+
+def test_the_step_kernel_steps_aside():
+    "Hooks see every block, adapters act, and 16-bit or subclassed weights are not misread: the blocks run themselves then."
+    model = perturbed(build()).float()
+    ids = random_ids(model, 2, 9)
+    first = model(ids[:, :8], use_cache=True)
+    with torch.no_grad():
+        fast = model(ids[:, 8:], past_key_values=first.past_key_values.fork()).logits
+        seen = []
+        handle = model.model.layers[1].mlp.w2.register_forward_hook(lambda module, inputs, output: seen.append(output) or output * 2)
+        hooked = model(ids[:, 8:], past_key_values=first.past_key_values.fork()).logits
+        handle.remove()
+        assert len(seen) == 1 and (hooked - fast).abs().max() > 1e-3
+
+        class Doubled(torch.nn.Module):
+            def __init__(self, inside): super().__init__(); self.inside = inside
+            def forward(self, x): return 2 * self.inside(x)
+
+        plain = model.model.layers[1].mlp.w2
+        model.model.layers[1].mlp.w2 = Doubled(plain)
+        wrapped = model(ids[:, 8:], past_key_values=first.past_key_values.fork()).logits
+        model.model.layers[1].mlp.w2 = plain
+        assert (wrapped - hooked).abs().max() < 1e-5
+        assert torch.equal(model(ids[:, 8:], past_key_values=first.past_key_values.fork()).logits, fast)
+
+
+def test_decoding_before_training():
+    "Tables made while decoding serve in training, too."
+    from sprout_lab.decoding.engine import Engine
+
+    for dtype in (torch.float32, torch.float64):
+        model = build().to(dtype)
+        Engine(model).step(Engine(model).prefill([[1, 2, 3]]), [4])
+        ids = random_ids(model, 2, 9)
+        model.train()(ids, labels=ids).loss.backward()
+        assert all(p.grad is not None for p in model.parameters())
+
+
+def test_many_threads_give_the_same_numbers():
+    threads = torch.get_num_threads()
+    model = perturbed(build(hidden_size=128, max_position_embeddings=256)).float().train()
+    ids = random_ids(model, 8, 128)
+    losses = []
+    try:
+        for n in (1, 2):
+            torch.set_num_threads(n)
+            model.zero_grad()
+            loss = model(ids, labels=ids).loss
+            loss.backward()
+            losses.append((loss.item(), model.model.norm.weight.grad.clone()))
+    finally:
+        torch.set_num_threads(threads)
+    assert abs(losses[0][0] - losses[1][0]) < 1e-5 and torch.allclose(losses[0][1], losses[1][1], atol=1e-5)
+
+
+def test_lora_through_peft():
+    peft = pytest.importorskip("peft")
+    model = perturbed(build()).float()
+    ids = random_ids(model, 1, 6)
+    before = model.generate(ids, max_new_tokens=8, do_sample=False)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "w2"], task_type="CAUSAL_LM"))
+    assert torch.equal(wrapped.generate(input_ids=ids, max_new_tokens=8, do_sample=False), before)   # a fresh adapter changes nothing
+    with torch.no_grad():
+        for name, p in wrapped.named_parameters():
+            if "lora_B" in name: p.add_(0.5)
+    adapted = wrapped.generate(input_ids=ids, max_new_tokens=8, do_sample=False)
+    naive = ids
+    for _ in range(8):
+        naive = torch.cat([naive, wrapped(input_ids=naive, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+    assert torch.equal(adapted, naive)
+    wrapped.train()(input_ids=ids, labels=ids).loss.backward()
+    assert any(p.grad is not None for n, p in wrapped.named_parameters() if "lora_A" in n)

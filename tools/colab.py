@@ -82,7 +82,7 @@ print(f"runs are kept in {RUNS}")
 """),
     words("""
 ## Settings
-Zero means: what suits the size. `auto` is {{gpu_size}} with a GPU and {{cpu_size}} without. A corpus is {{corpora}}, or the path of a text file that you have uploaded. Every other setting of
+Zero means: what suits the size, or what a run that is continued had. `auto` is {{gpu_size}} with a GPU and {{cpu_size}} without. A corpus is {{corpora}}, or the path of a text file that you have uploaded. Every other setting of
 the family may be added to `settings` in the code (`sprout-lab train {{name}} --help` lists them).
 """),
     form("""
@@ -179,7 +179,7 @@ TEXT_SEED = 1  #@param {type:"integer"}
 from sprout_lab.decoding.sampling import stream_text
 
 print(PROMPT, end="")
-for piece in stream_text(model, tokenizer, PROMPT, max_tokens=TOKENS, temperature=TEMPERATURE, top_k=TOP_K, seed=TEXT_SEED): print(piece.text, end="", flush=True)
+for piece in stream_text(model, tokenizer, PROMPT, max_tokens=TOKENS, temperature=TEMPERATURE, top_k=TOP_K, seed=TEXT_SEED): print(piece.text, end="")
 """),
             words("""
 ### With sliders
@@ -237,6 +237,45 @@ from sprout_lab.visualizers.surprise import plot_surprise
 
 found = text_surprise(model, tokenizer, held_out[:480])
 plot_surprise(found.pieces, found.nats)
+"""),
+    ],
+    "half_lives": [
+        words("""
+### How long it remembers
+For every channel of every recurrent block, after how many steps half of what it held is forgotten.
+"""),
+        code("""
+from sprout_lab.models.slm import half_lives
+from sprout_lab.visualizers.chunks import plot_half_lives
+
+lives = half_lives(model, torch.tensor([tokenizer.encode(held_out[:512])], device=model.device))
+plot_half_lives([channels.cpu().numpy() for channels in lives])
+"""),
+    ],
+    "ternary_weights": [
+        words("""
+### What became of the weights
+Some of the matrices before rounding: what lies in the middle becomes 0, the sides become -1 and 1.
+"""),
+        code("""
+from sprout_lab.models.slm import BitLinear
+from sprout_lab.visualizers.chunks import plot_ternary_weights
+
+matrices = {name: layer.weight.detach().float().cpu().numpy() for name, layer in model.named_modules() if isinstance(layer, BitLinear)}
+plot_ternary_weights({name.removeprefix("model."): matrices[name] for name in list(matrices)[:4]}, columns=2)
+"""),
+    ],
+    "chunks": [
+        words("""
+### Where it cuts
+Text that it has not seen: each byte shaded by the probability of a cut before it, a bar where a chunk begins.
+"""),
+        code("""
+from sprout_lab.visualizers.chunks import plot_boundaries
+
+part = held_out[:480]
+with torch.no_grad(): seen = model(input_ids=torch.tensor([tokenizer.encode(part)], device=model.device), use_cache=False)
+plot_boundaries(part.encode(), seen.boundary_prob[0][0].float().cpu().numpy(), seen.boundary_mask[0][0].cpu().numpy())
 """),
     ],
 }

@@ -25,7 +25,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from ..configs import ConfigError, DataConfig, nearest
-from .corpora import Corpus, FileSource, load_corpus, local_corpus, missing, read_text, scan, text_files
+from .corpora import Corpus, FileSource, as_path, exists, load_corpus, local_corpus, missing, read_text, scan, text_files
 from .tokenizers import TRAINED, Tokenizer, cut_point, document_end, encode_array, fingerprint, load_tokenizer, process_map, resolve_tokenizer, save_tokenizer, token_bytes
 from .tokens import MAGIC, TokenFile, TokenWriter, token_dtype
 
@@ -156,14 +156,13 @@ def _convert(tokens: TokenFile, path: Path, format: str) -> None:
         with open(path, "w", encoding="ascii") as file:
             for begin in range(0, len(tokens), 1000): file.write(" ".join(map(str, tokens[begin:begin + 1000].tolist())) + "\n")
 
-def prepare(corpus, output, tokenizer="byte", *, vocab_size: int | None = None, format: str = "bin", num_workers: int = 0, create_stats: bool = False,
+def prepare(corpus, output, tokenizer="byte", *, vocab_size: int | None = None, format: str = "bin", num_workers: int = 0,
             max_seq_length: int | None = None, progress: bool = False, **settings) -> dict:
     """Tokenize a corpus into `output`: `train`, `val` (and `test`) as token files, the tokenizer, `stats.json`. Returns the statistics.
 
     `corpus`: a `Corpus`, or what `load_corpus` takes, with its settings as keywords (`config`, `split`, `column`, `val_fraction`, `split_seed`,
     `max_samples`). `tokenizer`: a tokenizer or what `load_tokenizer` takes. `format`: "bin", "npy", or "ids" (text). `max_seq_length` only counts sequences
-    in the statistics: the files are streams. `create_stats` adds how often ids occur. An interrupted preparation is continued, a finished one is
-    not repeated. Raises one-line `ConfigError`s; nothing is ever half-written under a final name."""
+    in the statistics: the files are streams. An interrupted preparation is continued, a finished one is not repeated. Raises one-line `ConfigError`s; nothing is ever half-written under a final name."""
     if format not in FORMATS: raise ConfigError(f"format={format!r}: one of {', '.join(FORMATS)} is needed{nearest(format, FORMATS)}")
     if not isinstance(corpus, Corpus): corpus = load_corpus(corpus, **settings)
     elif settings: raise ConfigError(f"{next(iter(settings))}: a corpus that is already loaded has its own")
@@ -171,17 +170,22 @@ def prepare(corpus, output, tokenizer="byte", *, vocab_size: int | None = None, 
         kind = resolve_tokenizer(tokenizer, vocab_size)
         tokenizer, rule = (kind, [kind, vocab_size]) if kind in TRAINED else (own := load_tokenizer(kind, vocab_size=vocab_size), fingerprint(own))
     else: rule = fingerprint(tokenizer)
-    output = Path(output).expanduser()
+    output = as_path(output)
     key = hashlib.sha256(json.dumps(["1", corpus.fingerprint(), rule, format]).encode()).hexdigest()
     try:
         output.mkdir(parents=True, exist_ok=True)
         with FileLock(str(output / ".prepare.lock")):   # two processes preparing the same folder: the second finds it done
             stats = _read_json(output / "stats.json")
-            if stats.get("key") == key and all((output / FILE_NAMES[s]).with_suffix(FORMATS[format]).exists() for s in stats["splits"]): return stats
-            return _prepare(corpus, output, key, tokenizer, vocab_size, format, num_workers, create_stats, max_seq_length, progress)
+            if stats.get("key") != key or not all((output / FILE_NAMES[s]).with_suffix(FORMATS[format]).exists() for s in stats["splits"]):
+                stats = _prepare(corpus, output, key, tokenizer, vocab_size, format, num_workers, progress)
+            if max_seq_length and stats.get("max_seq_length") != max_seq_length:
+                for facts in stats["splits"].values(): facts["num_sequences"] = max(facts["num_tokens"] - 1, 0) // max_seq_length
+                stats["max_seq_length"] = max_seq_length
+                _write_json(output / "stats.json", stats)
+            return stats
     except OSError as error: raise _disk(error, output) from None
 
-def _prepare(corpus, output, key, tokenizer, vocab_size, format, num_workers, create_stats, max_seq_length, progress) -> dict:
+def _prepare(corpus, output, key, tokenizer, vocab_size, format, num_workers, progress) -> dict:
     work = output / ".prepare"
     work.mkdir(exist_ok=True)
     journal = _read_json(work / "journal.json")
@@ -198,8 +202,8 @@ def _prepare(corpus, output, key, tokenizer, vocab_size, format, num_workers, cr
     with tqdm(desc=f"{corpus.name} → {output.name}", unit="B", unit_scale=True, disable=not progress) as bar:
         _Work(corpus, tokenizer, work, journal, num_workers, bar).write()
     stats = {"key": key, "name": corpus.name, "title": corpus.title, "licence": corpus.licence, "provenance": corpus.provenance, "format": format,
-             "tokenizer": type(tokenizer).__name__, "vocab_size": len(tokenizer), "fingerprint": fingerprint(tokenizer), "max_seq_length": max_seq_length,
-             "splits": {split: _statistics(TokenFile.open(work / f"{split}.bin"), tokenizer, max_seq_length, create_stats) for split in corpus.splits}}
+             "tokenizer": type(tokenizer).__name__, "vocab_size": len(tokenizer), "fingerprint": fingerprint(tokenizer),
+             "splits": {split: _statistics(TokenFile.open(work / f"{split}.bin"), tokenizer) for split in corpus.splits}}
     made = {split: work / f"{split}.bin" for split in corpus.splits}
     if format != "bin":
         for split, path in made.items():
@@ -213,25 +217,24 @@ def _prepare(corpus, output, key, tokenizer, vocab_size, format, num_workers, cr
     shutil.rmtree(work, ignore_errors=True)
     return stats
 
-def _statistics(tokens: TokenFile, tokenizer, max_seq_length: int | None, detailed: bool) -> dict:
-    facts = {"num_documents": tokens.num_documents, "num_bytes": tokens.num_bytes, "num_tokens": tokens.num_tokens, "bytes_per_token": tokens.bytes_per_token}
-    if max_seq_length: facts["num_sequences"] = max(tokens.num_tokens - 1, 0) // max_seq_length
-    if detailed:
-        counts = np.zeros(tokens.vocab_size, np.int64)
-        for begin in range(0, len(tokens), 1 << 20): counts += np.bincount(tokens[begin:begin + (1 << 20)], minlength=tokens.vocab_size)
-        used = np.flatnonzero(counts)
-        shares = counts[used] / max(counts.sum(), 1)
-        facts |= {"used_tokens": len(used), "entropy_bits_per_token": float(-(shares * np.log2(shares)).sum()),
-                  "most_frequent": [[int(i), tokenizer.decode([int(i)]), int(counts[i])] for i in np.argsort(-counts, kind="stable")[:20] if counts[i]]}
-    return facts
+def _statistics(tokens: TokenFile, tokenizer) -> dict:
+    counts = np.zeros(tokens.vocab_size, np.int64)
+    for begin in range(0, len(tokens), 1 << 20): counts += np.bincount(tokens[begin:begin + (1 << 20)], minlength=tokens.vocab_size)
+    used = np.flatnonzero(counts)
+    shares = counts[used] / max(counts.sum(), 1)
+    return {"num_documents": tokens.num_documents, "num_bytes": tokens.num_bytes, "num_tokens": tokens.num_tokens, "bytes_per_token": tokens.bytes_per_token,
+            "used_tokens": len(used), "entropy_bits_per_token": float(-(shares * np.log2(shares)).sum()),
+            "most_frequent": [[int(i), tokenizer.decode([int(i)]), int(counts[i])] for i in np.argsort(-counts, kind="stable")[:20] if counts[i]]}
 
 # %% ../../nbs/data/prepare.ipynb #456ba499
 def file_kind(path) -> str:
     "What a data file is, by its first bytes: `token file`, `npy`, `ids` (as text), or `text`."
-    path = Path(path).expanduser()
-    if not path.exists(): raise missing(path)
+    path = as_path(path)
+    if not exists(path): raise missing(path)
     if path.is_dir(): return "folder"
-    with open(path, "rb") as file: head = file.read(1 << 16)
+    try:
+        with open(path, "rb") as file: head = file.read(1 << 16)
+    except OSError as error: raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
     if head.startswith(MAGIC): return "token file"
     if head.startswith(b"\x93NUMPY"): return "npy"
     if path.suffix == ".bin": return "token file"   # a foreign .bin is refused by name when it is opened
@@ -266,24 +269,27 @@ def read_ids(path, kind: str | None = None) -> Iterator[np.ndarray]:
 def prepare_from_options(say=print, *, output, input_path=None, dataset=None, dataset_config=None, text_column="text", tokenizer=None, vocab=None, merges=None,
                          vocab_size=None, val_fraction=0.1, split_seed=0, max_samples=None, max_seq_length=None, file_format="bin", num_workers=None,
                          create_stats=False) -> dict:
-    "`prepare` with the options of the command line; `say` prints a line. `num_workers=None` uses all cores for texts above 32 MB."
+    "`prepare` with the options of the command line; `say` prints a line, `create_stats` more of them. `num_workers=None` uses all cores for texts above 32 MB."
     if (input_path is None) == (dataset is None):
         raise ConfigError("input and dataset are both given; one of them says which text to prepare" if dataset else "neither input nor dataset is given; say which text to prepare: --input FILE|DIR, or --dataset shakespeare")
     if (vocab is None) != (merges is None): raise ConfigError(f"{'merges' if vocab else 'vocab'} is missing: a byte-level BPE tokenizer is two files, give --vocab and --merges")
     if vocab and tokenizer: raise ConfigError("tokenizer and vocab are both given; one of them says how to tokenize")
     own = Tokenizer.from_files(vocab, merges) if vocab else tokenizer or "auto"
     settings = dict(column=text_column, val_fraction=val_fraction, split_seed=split_seed, max_samples=max_samples)
-    corpus = load_corpus(dataset, dataset_config, **settings) if dataset else _input_corpus(Path(input_path).expanduser(), settings)
+    corpus = load_corpus(dataset, dataset_config, **settings) if dataset else _input_corpus(as_path(input_path), settings)
     if num_workers is None:
         sizes = [path.stat().st_size for sources in corpus.sources.values() for source in sources if (path := getattr(source, "path", None))]
         num_workers = (os.cpu_count() or 1) if sum(sizes) > 1 << 25 else 0
-    stats = prepare(corpus, output, own, vocab_size=vocab_size, format=file_format, num_workers=num_workers, create_stats=create_stats,
-                    max_seq_length=max_seq_length, progress=sys.stderr.isatty())
+    stats = prepare(corpus, output, own, vocab_size=vocab_size, format=file_format, num_workers=num_workers, max_seq_length=max_seq_length,
+                    progress=sys.stderr.isatty())
     for split, facts in stats["splits"].items():
         unit = f", {facts['bytes_per_token']:.2f} bytes per token" if facts["bytes_per_token"] else ""
         sequences = f", {facts['num_sequences']:,} sequences of {max_seq_length}" if max_seq_length else ""
         documents = f"{facts['num_documents']:,} documents, " if facts["num_documents"] else ""   # none ends in a text that is cut in two
         say(f"{FILE_NAMES[split]}{FORMATS[file_format]}: {documents}{facts['num_bytes']:,} bytes, {facts['num_tokens']:,} tokens{unit}{sequences}")
+        if create_stats:
+            frequent = " ".join(f"{text!r} {count:,}" for _, text, count in facts["most_frequent"][:8])
+            say(f"  {facts['used_tokens']:,} of {stats['vocab_size']:,} tokens occur, entropy {facts['entropy_bits_per_token']:.2f} bits per token; most frequent: {frequent}")
     say(f"{output}: {stats['title'] or stats['name']}, {stats['tokenizer']} with {stats['vocab_size']:,} tokens; train on it with data_dir={output}")
     return stats
 
@@ -315,7 +321,7 @@ class TrainingData:
 
 def cache_folder() -> Path:
     "Where prepared data is kept: $SPROUT_LAB_CACHE, else ~/.cache/sprout-lab."
-    folder = Path(os.environ.get("SPROUT_LAB_CACHE") or "~/.cache/sprout-lab").expanduser()
+    folder = as_path(os.environ.get("SPROUT_LAB_CACHE") or "~/.cache/sprout-lab")
     try: folder.mkdir(parents=True, exist_ok=True)
     except OSError as error: raise ConfigError(f"{folder}: the cache cannot be written ({error.strerror}); set SPROUT_LAB_CACHE to a folder that can") from None
     return folder
@@ -326,7 +332,7 @@ def is_prepared(folder) -> bool:
 
 def open_prepared(folder, tokenizer=None) -> TrainingData:
     "A folder written by `prepare`. `tokenizer`: refuse a folder that another one made."
-    folder = Path(folder).expanduser()
+    folder = as_path(folder)
     if (folder / ".prepare" / "journal.json").exists() and not (folder / "stats.json").exists():
         raise ConfigError(f"{folder}: its preparation was interrupted; run the same `sprout-lab prepare` again, it continues")
     for name in ("train", "val"):
@@ -374,21 +380,24 @@ def _ids_file(path: Path, kind: str, tokenizer, vocab_size: int | None, split: s
     own = fingerprint(tokenizer) if tokenizer is not None else ""
     key = hashlib.sha256(json.dumps([scan(path).digest.hex(), own, size, split, begin, end]).encode()).hexdigest()[:16]
     target = cache_folder() / "ids" / f"{path.stem[:40]}-{key}.bin"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if not target.exists():
-        first, last, place = int(number * begin), int(number * end), 0
-        lengths = token_bytes(tokenizer) if tokenizer is not None else None
-        with TokenWriter(target, size, own, f"{path.stem} {split}") as writer:
-            for ids in read_ids(path, kind):
-                part = ids[max(first - place, 0):max(last - place, 0)]
-                place += len(ids)
-                if len(part): writer.write(part, num_bytes=0 if lengths is None else int(lengths[part].sum()))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.exists(): return TokenFile.open(target, tokenizer)
+    except OSError as error: raise _disk(error, target) from None
+    except ConfigError as error: log.warning("%s; it is in the cache and is made again", error)
+    first, last, place = int(number * begin), int(number * end), 0
+    lengths = token_bytes(tokenizer) if tokenizer is not None else None
+    with TokenWriter(target, size, own, f"{path.stem} {split}") as writer:
+        for ids in read_ids(path, kind):
+            part = ids[max(first - place, 0):max(last - place, 0)]
+            place += len(ids)
+            if len(part): writer.write(part, num_bytes=0 if lengths is None else int(lengths[part].sum()))
     return TokenFile.open(target, tokenizer)
 
 def _file_data(config: DataConfig, tokenizer, progress: bool) -> TrainingData:
     "Training data from `train_data_path` and `val_data_path`."
-    paths = {"train": Path(config.train_data_path).expanduser()}
-    if config.val_data_path: paths["validation"] = Path(config.val_data_path).expanduser()
+    paths = {"train": as_path(config.train_data_path)}
+    if config.val_data_path: paths["validation"] = as_path(config.val_data_path)
     kinds = {split: file_kind(path) for split, path in paths.items()}
     described = ", ".join(f"{split}: {paths[split]} ({'token ids as text' if kind == 'ids' else kind})" for split, kind in kinds.items())
     log.info("data: %s", described)
@@ -416,7 +425,7 @@ def _file_data(config: DataConfig, tokenizer, progress: bool) -> TrainingData:
         if train.fingerprint and validation.fingerprint and train.fingerprint != validation.fingerprint:
             raise ConfigError(f"{paths['train']} and {paths['validation']} were made with different tokenizers; prepare both with one")
         data = TrainingData(train, validation, tokenizer, paths["train"].stem)
-    data.description = described
+    data.description = described if data.tokenizer is not None else f"{described}; without a tokenizer there is no text and no bits per byte (tokenizer=gpt2, say, tells whose ids they are)"
     return data
 
 def _ids_tokenizer(config: DataConfig, path: Path):
@@ -431,8 +440,8 @@ def load_data(config: DataConfig | None = None, tokenizer=None, progress: bool =
     Raises one-line `ConfigError`s for whatever is wrong with paths, files, names and sizes."""
     config = config or DataConfig()
     if config.data_dir:
-        folder = Path(config.data_dir).expanduser()
-        if not folder.exists(): raise missing(folder)
+        folder = as_path(config.data_dir)
+        if not exists(folder): raise missing(folder)
         if is_prepared(folder):
             own = tokenizer if tokenizer is not None else None if config.tokenizer == "auto" else load_tokenizer(config.tokenizer, vocab_size=config.vocab_size)
             data = open_prepared(folder, own)
@@ -444,6 +453,8 @@ def load_data(config: DataConfig | None = None, tokenizer=None, progress: bool =
         corpus = load_corpus(config.dataset_name, config.dataset_config, config.dataset_split, config.text_column, config.val_fraction, config.split_seed,
                              config.max_samples)
         data = _prepared(corpus, tokenizer if tokenizer is not None else config.tokenizer, config, progress)
+    if config.vocab_size and config.vocab_size < data.vocab_size:
+        raise ConfigError(f"vocab_size={config.vocab_size}: {data.name} was made with {data.vocab_size:,} tokens; leave vocab_size out, or give at least that")
     if config.vocab_size and resolve_tokenizer(config.tokenizer, config.vocab_size) not in TRAINED: data.padded_vocab_size = config.vocab_size
     if len(data.train) < config.sequence_length + 1:
         raise ConfigError(f"sequence_length={config.sequence_length}: {data.name} has {len(data.train):,} training tokens, and a window with its target needs {config.sequence_length + 1:,}; use more data or a shorter sequence_length")

@@ -31,10 +31,10 @@ import numpy as np
 import regex
 import tiktoken
 import tokenizers as hf_tokenizers
-from transformers import AddedToken, AutoTokenizer, BertTokenizer, PreTrainedConfig, PreTrainedTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AddedToken, AutoTokenizer, BertTokenizer, PreTrainedConfig, PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from ..configs import ConfigError, nearest
-from .corpora import Corpus, data_folder, decode_utf8, hub_reachable, missing, read_blocks, read_text
+from .corpora import Corpus, as_path, data_folder, decode_utf8, exists, hub_reachable, is_hub_name, missing, read_blocks, read_text
 
 # %% ../../nbs/data/tokenizers.ipynb #a51d29ca
 class ByteTokenizer(PreTrainedTokenizer):
@@ -412,7 +412,7 @@ class Tokenizer:
     def from_files(cls, vocab_path, merges_path, special_tokens: Iterable[str] | None = None) -> "Tokenizer":
         """Read `vocab.json` and `merges.txt` (GPT-2's `encoder.json` and `vocab.bpe`). Without `special_tokens`, the entries that are neither bytes nor merges are
         special. Raises one-line `ConfigError`s for files that are missing or something else."""
-        vocab_text, merges_text = ("".join(read_text(Path(p).expanduser())) for p in (vocab_path, merges_path))
+        vocab_text, merges_text = ("".join(read_text(as_path(p))) for p in (vocab_path, merges_path))
         try: entries = {int(i): _unshow(token) for token, i in json.loads(vocab_text).items()}
         except (ValueError, AttributeError, TypeError): raise ConfigError(f"{vocab_path}: is no vocabulary; a JSON object of token to id is needed, as in GPT-2's encoder.json") from None
         lines = [line for line in merges_text.split("\n") if line and not line.startswith("#version")]
@@ -584,7 +584,7 @@ class SentencePieceTokenizer(PreTrainedTokenizer):
 # %% ../../nbs/data/tokenizers.ipynb #9a8bfb52
 def read_llama2c_tokenizer(path) -> PreTrainedTokenizerFast:
     "llama2.c's `tokenizer.bin` as a Hugging Face tokenizer with the same ids; `encode` begins with `<s>` unless told not to. One-line `ConfigError` for anything else."
-    raw = b"".join(read_blocks(Path(path).expanduser()))
+    raw = b"".join(read_blocks(as_path(path)))
     pieces, scores, place = [], [], 4
     try:
         while place < len(raw):
@@ -718,15 +718,16 @@ def _load(name: str):
     if name in ("gpt2", "openai-community/gpt2") and root and (root / "gpt2" / "encoder.json").exists():
         return Tokenizer.from_files(root / "gpt2" / "encoder.json", root / "gpt2" / "vocab.bpe")
     if name == "bert-base-uncased" and root and (root / name / "vocab.txt").exists(): return _load(str(root / name / "vocab.txt"))
-    path = Path(name).expanduser()
-    if path.is_dir():
+    path = as_path(name)
+    if not name.strip(): raise ConfigError("tokenizer is empty; auto, byte, char, bpe, gpt2, a folder, a file or a hub name is needed")
+    if exists(path) and path.is_dir():
         if not (path / "tokenizer_config.json").exists() and not (path / "tokenizer.json").exists():   # bare files, without Hugging Face's
             for first, second in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")):
                 if (path / first).exists() and (path / second).exists(): return Tokenizer.from_files(path / first, path / second)
             for bare in ("tokenizer.model", "tokenizer.bin", "vocab.txt"):
                 if (path / bare).exists(): return _load(str(path / bare))
         return _from_transformers(path, f"{path}: holds no tokenizer that can be loaded")
-    if path.is_file():
+    if exists(path):
         if path.suffix == ".model": return SentencePieceTokenizer(str(path))
         if path.suffix == ".bin": return read_llama2c_tokenizer(path)
         if path.name in ("vocab.json", "encoder.json"): return Tokenizer.from_files(path, path.with_name("merges.txt" if path.name == "vocab.json" else "vocab.bpe"))
@@ -735,8 +736,8 @@ def _load(name: str):
         raise ConfigError(f"{path}: is no tokenizer file; tokenizer.json, vocab.json (with merges.txt), vocab.txt, a SentencePiece .model or llama2.c's tokenizer.bin is needed")
     if name.startswith((".", "/", "~")): raise missing(path)
     words = ("auto", "byte", "char", "bpe", "gpt2", "bert-base-uncased")
-    unknown = f"tokenizer={name!r}: is none of {', '.join(words)}, no file and no folder"
-    if name not in words and nearest(name, words): raise ConfigError(unknown + nearest(name, words))
+    unknown = f"tokenizer={(name if len(name) < 100 else name[:97] + '...')!r}: is none of {', '.join(words)}, no file and no folder"
+    if name not in words and nearest(name, words) or not is_hub_name(name): raise ConfigError(unknown + nearest(name, words))
     offline = "; gpt2 is also read from $SPROUT_LAB_DATA/gpt2 (encoder.json, vocab.bpe)" if name == "gpt2" else ""
     if not hub_reachable(): raise ConfigError(f"tokenizer={name!r}: needs the network, and the hub does not answer; byte, char and bpe need none{offline}")
     return _from_transformers("openai-community/gpt2" if name == "gpt2" else name, f"{unknown if name not in words else f'tokenizer={name!r}'}, and the hub does not give it{offline}")

@@ -173,7 +173,7 @@ class TokenFile:
     def open(cls, path, tokenizer=None, verify: bool = True) -> "TokenFile":
         """Open and check a token file. `tokenizer` (or its fingerprint as a string): refuse a file that another tokenizer made.
         Raises `ConfigError` for a missing, foreign, cut, damaged or mismatched file, one line each."""
-        path = Path(path).expanduser()
+        path = Path(path)
         facts = _read_header(path)
         if tokenizer is not None and facts["fingerprint"]:
             own = tokenizer if isinstance(tokenizer, str) else _fingerprint_of(tokenizer)

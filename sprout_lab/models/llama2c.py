@@ -91,6 +91,7 @@ def import_llama2c(model_bin, tokenizer_bin=None, output_dir=None) -> Transforme
 def export_llama(model: TransformerForCausalLM) -> LlamaForCausalLM:
     "A plain Hugging Face Llama with the same logits. Refuses shapes that a Llama cannot have (the ablations)."
     config = model.config
+    if not isinstance(config, TransformerConfig): raise ConfigError(f"{type(model).__name__}: only a Transformer can be exported as a Llama")
     for name, needed in (("norm", "pre"), ("activation", "swiglu"), ("qk_norm", False)):
         if getattr(config, name) != needed: raise ConfigError(f"{name}={getattr(config, name)}: a Llama has {name}={needed}; this model cannot be exported as one")
     if config.position == "none": raise ConfigError("position=none: a Llama has rotary positions; this model cannot be exported as one")

@@ -22,6 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from ..configs import ConfigError, setting
+from ..kernels.decode import DecodeLayer, can_decode_step, decode_step
 from ..kernels.elementwise import rms_norm, rotary, rotary_reference, swiglu
 from .config import ModelConfig
 
@@ -161,9 +162,10 @@ class RotaryPositionalEmbedding(nn.Module):
         positions; on `like`'s device, in float32, or float64 if it is."""
         real = torch.float64 if like.dtype == torch.float64 else torch.float32
         if (like.device, real) not in self._tables:
-            frequency = self.theta ** (-torch.arange(0, self.d_k, 2, dtype=torch.float64) / self.d_k)
-            angle = torch.outer(torch.arange(self.max_seq_len, dtype=torch.float64), frequency)
-            self._tables[like.device, real] = angle.cos().to(like.device, real), angle.sin().to(like.device, real)
+            with torch.inference_mode(False):   # made while decoding, they must serve in training, too
+                frequency = self.theta ** (-torch.arange(0, self.d_k, 2, dtype=torch.float64) / self.d_k)
+                angle = torch.outer(torch.arange(self.max_seq_len, dtype=torch.float64), frequency)
+                self._tables[like.device, real] = angle.cos().to(like.device, real), angle.sin().to(like.device, real)
         cos, sin = self._tables[like.device, real]
         if token_positions is not None: return cos[token_positions], sin[token_positions]
         return cos.narrow(0, start, length), sin.narrow(0, start, length)
@@ -286,6 +288,13 @@ class KeyValueLayer(CacheLayerMixin):
         super().__init__()
         self.capacity, self.length = capacity, 0
 
+    def reserve(self, new: int) -> bool:
+        "Room for `new` more columns in float32 that may be written in place; false where that is not so."
+        if not self.is_initialized or self.keys.dtype != torch.float32 or self.keys.requires_grad: return False
+        if self.keys.shape[2] < self.length + new or not self.keys.is_contiguous() or not self.values.is_contiguous():
+            self._grow(self.keys, self.values, max(self.keys.shape[2], 2 * (self.length + new)))
+        return True
+
     def lazy_initialization(self, key_states, value_states):
         self._grow(key_states, value_states, self.capacity or key_states.shape[2])
 
@@ -389,6 +398,26 @@ class TransformerPreTrainedModel(PreTrainedModel):
             init.trunc_normal_(module.weight, std=std, a=-3 * std, b=3 * std)
         elif isinstance(module, RMSNorm): init.ones_(module.weight)
 
+def _weight(module, kind: type):
+    "The weight of a module that does just what its class says; none where something was put in its place or around it (LoRA, a shard, a hook, 16 bits)."
+    if type(module) is not kind or module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__: return None
+    weight = module._parameters.get("weight")
+    return weight if type(weight) is nn.Parameter and weight.dtype == torch.float32 else None
+
+def _decode_layer(block, room) -> DecodeLayer | None:
+    "What the decoding kernel needs of a block and its cache, or none where something stands in its way. Through the dictionaries: attributes of modules are slow."
+    parts = block._modules
+    attention, mlp = parts["self_attn"], parts["mlp"]
+    for module, kind in ((block, TransformerBlock), (attention, MultiHeadSelfAttention), (mlp, SwiGLU if type(mlp) is SwiGLU else SiLUFeedForward)):
+        if type(module) is not kind or module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__: return None
+    a, f, found = attention._modules, mlp._modules, []
+    for module, kind in ((a["q_proj"], Linear), (a["k_proj"], Linear), (a["v_proj"], Linear), (a["o_proj"], Linear), (f["w1"], Linear), (f["w2"], Linear), (f.get("w3"), Linear),
+                         (parts.get("input_layernorm"), RMSNorm), (parts.get("post_attention_layernorm"), RMSNorm), (a.get("q_norm"), RMSNorm), (a.get("k_norm"), RMSNorm)):
+        weight = None if module is None else _weight(module, kind)
+        if module is not None and weight is None: return None
+        found.append(weight)
+    return DecodeLayer(*found, room.keys, room.values) if room.reserve(1) else None
+
 class TransformerModel(TransformerPreTrainedModel):
     "Token ids to hidden states: embedding, blocks, and with pre-norm a last RMSNorm."
 
@@ -438,6 +467,22 @@ class TransformerModel(TransformerPreTrainedModel):
         if longest > limit:
             raise ConfigError(f"sequence of {longest} tokens: the model sees at most max_position_embeddings={limit}; shorten the text or build a model with a larger limit")
 
+    def _one_step(self, x, mask, turns, cache, past: int):
+        "The blocks and the last norm for one new token per row by the decoding kernel, or none where it cannot be used: then they run themselves."
+        config = self.config
+        if torch.is_grad_enabled() or x.dtype != torch.float32 or x.device.type != "cpu" or type(cache) is not KeyValueCache: return None
+        if torch.is_autocast_enabled("cpu") or (mask is not None and mask.dtype != torch.bool) or not can_decode_step(): return None
+        # it runs on one thread; where there are more, matrices of this size are read faster by all of them
+        if torch.get_num_threads() > 1 and config.hidden_size * (4 * config.hidden_size + 3 * config.ff_size) > 2_000_000: return None
+        layers = [_decode_layer(block, room) for block, room in zip(self.layers._modules.values(), cache.layers)]
+        last = None if self.norm is None else _weight(self.norm, RMSNorm)
+        if any(layer is None for layer in layers) or (self.norm is not None and last is None): return None
+        if turns is not None: turns = tuple(t.flatten(0, -2) for t in turns)
+        x = decode_step(x[:, 0], layers, config.num_attention_heads, past, turns, config.position == "rope_half", config.norm, config.rms_norm_eps,
+                        None if mask is None else mask[:, 0, 0], last)
+        for room in cache.layers: room.length = past + 1
+        return x[:, None]
+
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None, use_cache=None,
                 output_attentions=None, output_hidden_states=None, return_dict=None, **kwargs):
         """`input_ids (batch, length)` or `inputs_embeds (batch, length, hidden_size)`; `attention_mask (batch, past+length)`, 1 for real
@@ -463,12 +508,15 @@ class TransformerModel(TransformerPreTrainedModel):
         turns = None if self.rope is None else self.rope.turns(x, position_ids, past, length)
 
         states = [x] if output_hidden_states else None
-        for layer in self.layers:
-            x = layer(x, turns=turns, mask=mask, causal=causal, past_key_values=past_key_values, weights=weights)
-            if states is not None: states.append(x)
-        if self.norm is not None:
-            x = self.norm(x)
-            if states is not None: states[-1] = x
+        step = self._one_step(x, mask, turns, past_key_values, past) if length == 1 and past and states is None and weights is None else None
+        if step is not None: x = step
+        else:
+            for layer in self.layers:
+                x = layer(x, turns=turns, mask=mask, causal=causal, past_key_values=past_key_values, weights=weights)
+                if states is not None: states.append(x)
+            if self.norm is not None:
+                x = self.norm(x)
+                if states is not None: states[-1] = x
         output = x, past_key_values, tuple(states) if states is not None else None, tuple(weights) if weights is not None else None
         return BaseModelOutputWithPast(*output) if return_dict in (None, True) else output
 

@@ -25,6 +25,7 @@ from ..runs import CsvLog, EVAL_COLUMNS, TRAINING_COLUMNS, read_log
 # %% ../../nbs/trainers/callbacks.ipynb #7d2a48f7
 class Callback:
     "Listens to a trainer. Override what you need; each method gets the trainer, whose attributes say the rest."
+    def on_load(self, trainer, folder): "Before a checkpoint's weights are loaded; a model that has grown takes its shape again."
     def on_start(self, trainer): "Before the first step; a resumed run has its state already."
     def on_step(self, trainer): "After an optimizer step; `trainer.step` counts it."
     def on_log(self, trainer, row: dict): "A row was added to the training log."
@@ -272,7 +273,7 @@ class Results(Callback):
         from sprout_lab.decoding.sampling import generate_text
         if not hasattr(trainer.model, "make_cache"): return   # not a model that continues a text
         out = trainer.config.output
-        text, = generate_text(trainer.model, trainer.tokenizer, [out.sample_prompt], max_tokens=min(out.sample_tokens, trainer.model.config.max_position_embeddings - 64), temperature=0.8, top_k=50, seed=trainer.training.seed)
+        text, = generate_text(trainer.model, trainer.tokenizer, [out.sample_prompt], max_tokens=min(out.sample_tokens, (getattr(trainer.model.config, "max_position_embeddings", None) or 2**31) - 64), temperature=0.8, top_k=50, seed=trainer.training.seed)
         trainer.run.results.mkdir(parents=True, exist_ok=True)
         trainer.run.generations.write_text(text + "\n", encoding="utf-8")
 

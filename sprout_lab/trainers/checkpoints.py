@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 from ..configs import ConfigError
 from ..runs import sealed_folder
 from .optimizers import load_optimizer_tensors, optimizer_tensors
+from .parallel import load_full_state_dict
 
 # %% ../../nbs/trainers/checkpoints.ipynb #f24ddbf6
 def model_card(facts: dict) -> str:
@@ -43,11 +44,11 @@ def no_progress_bars():
 # %% ../../nbs/trainers/checkpoints.ipynb #de0e1449
 def write_checkpoint(folder, model, tokenizer, optimizer, state: dict, facts: dict, state_dict: dict | None = None) -> None:
     """Write a sealed checkpoint to `folder`. `state` is the trainer's own (JSON), `facts` what people ask of a checkpoint; `state_dict` replaces
-    the model's own where it is sharded over processes."""
+    the model's own where it is split over processes; then `optimizer` is what `optimizer_tensors` gathered."""
     with sealed_folder(folder) as writing, no_progress_bars():
         model.save_pretrained(writing, state_dict=state_dict)
         if tokenizer is not None: tokenizer.save_pretrained(writing)
-        save_file(optimizer_tensors(model, optimizer), writing / "optimizer.safetensors")
+        save_file(optimizer if isinstance(optimizer, dict) else optimizer_tensors(model, optimizer), writing / "optimizer.safetensors")
         (writing / "trainer_state.json").write_text(json.dumps(state))
         (writing / "facts.json").write_text(json.dumps(facts, indent=1))
         (writing / "README.md").write_text(model_card(facts), encoding="utf-8")
@@ -58,7 +59,7 @@ def read_weights(folder, model) -> None:
     try: weights = load_file(path)
     except FileNotFoundError: raise ConfigError(f"{path}: is missing") from None
     except SafetensorError: raise ConfigError(f"{path}: is not a safetensors file; nothing else is loaded (a pickle can run code)") from None
-    missing, unexpected = model.load_state_dict(weights, strict=False)
+    missing, unexpected = load_full_state_dict(model, weights)
     missing = set(missing) - set(getattr(model, "_tied_weights_keys", None) or ())
     if missing or unexpected:
         raise ConfigError(f"{path}: does not fit this model (missing {', '.join(sorted(missing)[:3]) or 'nothing'}; unknown {', '.join(sorted(unexpected)[:3]) or 'nothing'}); resume with the configuration it was trained with")

@@ -48,7 +48,8 @@ def newton_schulz(gradient: torch.Tensor, steps: int = 5, epsilon: float = 1e-7)
     return x.T if tall else x
 
 class PlainMuon(torch.optim.Optimizer):
-    "Muon for torch before 2.9, with `torch.optim.Muon`'s arithmetic under `adjust_lr_fn='match_rms_adamw'`."
+    """Muon for torch before 2.9, and for matrices that are split over processes: each puts the whole gradient together and keeps its part of the update.
+    The arithmetic is `torch.optim.Muon`'s under `adjust_lr_fn='match_rms_adamw'`."""
 
     def __init__(self, params, lr=1e-3, weight_decay=0.1, momentum=0.95):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
@@ -60,13 +61,20 @@ class PlainMuon(torch.optim.Optimizer):
                 if p.grad is None: continue
                 buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p.grad))
                 buffer.lerp_(p.grad, 1 - group["momentum"])
-                update = newton_schulz(p.grad.lerp(buffer, group["momentum"]))
+                update = _orthogonal(p.grad.lerp(buffer, group["momentum"]))
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(p.shape)))
 
+def _orthogonal(gradient: torch.Tensor) -> torch.Tensor:
+    "`newton_schulz` of a gradient that may be split over processes; the result is split like it."
+    if not hasattr(gradient, "full_tensor"): return newton_schulz(gradient)
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(newton_schulz(gradient.full_tensor()).to(gradient.dtype).contiguous(), gradient.device_mesh, gradient.placements)
+
 def muon(params, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-    "torch's Muon, or the plain one where torch is older."
-    if hasattr(torch.optim, "Muon"): return torch.optim.Muon(params, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+    "torch's Muon, or the plain one where torch is older or the matrices are split over processes."
+    divided = any(hasattr(p, "device_mesh") for p in params)
+    if hasattr(torch.optim, "Muon") and not divided: return torch.optim.Muon(params, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
     return PlainMuon(params, lr=lr, weight_decay=weight_decay)
 
 # %% ../../nbs/trainers/optimizers.ipynb #157aba43
@@ -109,19 +117,27 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Opt
     if not any(groups.values()): raise ConfigError("the model has no parameters that train; unfreeze some of them")
     decayed = groups["embeddings"] + ([] if config.optimizer == "muon" else groups["matrices"])
     split = [dict(params=decayed, weight_decay=config.weight_decay), dict(params=groups["vectors"], weight_decay=0.0)]
+    # torch's fused step takes either plain tensors or ones that are split over processes, not both at once; a model may scale the rate of some parameters (`p.lr_scale`)
+    kind = lambda p: (hasattr(p, "device_mesh"), getattr(p, "lr_scale", 1.0))
+    split = [{**group, "params": [p for p in group["params"] if kind(p) == one], "lr_scale": one[1]} for group in split for one in sorted({kind(p) for p in group["params"]})]
     adamw = lambda: torch.optim.AdamW([g for g in split if g["params"]], lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.adam_epsilon, fused=True)
     if config.optimizer == "adamw" or not groups["matrices"]: return adamw()
     matrices = muon(groups["matrices"], config.learning_rate, config.weight_decay)
     return Together(matrices, adamw()) if any(g["params"] for g in split) else matrices
 
 # %% ../../nbs/trainers/optimizers.ipynb #b5c7adca
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    "The optimizer's state as flat tensors, `parameter name|state name` → tensor."
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, keep: bool = True) -> dict[str, torch.Tensor]:
+    """The optimizer's state as flat tensors, `parameter name|state name` → tensor. What is split over processes is gathered, so all of them must
+    call this; one with `keep=False` helps and gets nothing."""
     names = {id(p): name for name, p in model.named_parameters()}
     states = [part.state for part in getattr(optimizer, "parts", [optimizer])]
-    whole = lambda t: t.full_tensor() if hasattr(t, "full_tensor") else t
-    return {f"{names[id(p)]}|{key}": whole(torch.as_tensor(value)).detach().cpu().contiguous()
-            for state in states for p, values in state.items() for key, value in values.items()}
+    tensors = {}
+    for state in states:
+        for p, values in state.items():
+            for key, value in values.items():
+                value = value.full_tensor() if hasattr(value, "full_tensor") else torch.as_tensor(value)
+                if keep: tensors[f"{names[id(p)]}|{key}"] = value.detach().cpu().contiguous()
+    return tensors
 
 def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
     "Put a state from `optimizer_tensors` back, each tensor to its parameter's device; parameters without one begin fresh."

@@ -26,7 +26,8 @@ from ..evaluation.metrics import evaluate_model
 from ..runs import Run, find_checkpoint, new_run_folder
 from .callbacks import Callback, RolledBack, default_callbacks, trackers_of
 from .checkpoints import read_checkpoint, write_checkpoint
-from .optimizers import build_optimizer, learning_rate_at
+from .optimizers import build_optimizer, learning_rate_at, optimizer_tensors
+from .parallel import check_parallel, clip_grad_norm, full_state_dict, gather, same_everywhere, shard
 
 # %% ../../nbs/trainers/trainer.ipynb #05a4932a
 def device_of(name: str) -> str:
@@ -42,6 +43,11 @@ def precision_of(name: str, device: str) -> str:
     if name == "fp16" and device == "cpu": raise ConfigError("mixed_precision=fp16: needs a GPU; on a CPU use bf16 or no")
     return name
 
+class _Accelerator(Accelerator):
+    def end_training(self):
+        "Finish the trackers. The processes stay together: the last checkpoint may not be written yet, and another run may follow."
+        for tracker in self.trackers: tracker.finish()
+
 def make_accelerator(config: TrainingConfig) -> Accelerator:
     "An `Accelerator` for a run's device and precision."
     device = device_of(config.device)
@@ -51,7 +57,7 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     if shared and not distributed and (str(shared.get("_mixed_precision")) != precision or shared["device"].type != device):
         AcceleratorState._reset_state(reset_partial_state=True)
     elif PartialState._shared_state and not shared and not distributed: PartialState._reset_state()
-    return Accelerator(mixed_precision=precision, cpu=device == "cpu")
+    return _Accelerator(mixed_precision=precision, cpu=device == "cpu")
 
 def seed_everything(seed: int, step: int, process: int = 0) -> None:
     "Seed torch, NumPy and Python from (seed, step, process): the random state is a function of the step."
@@ -73,7 +79,9 @@ class Trainer:
         trackers_of(config)   # a missing one is found now
         self.accelerator = make_accelerator(self.training)
         if not self.accelerator.is_main_process: self.say = lambda *words: None
-        if self.training.batch_size % self.accelerator.num_processes:
+        self.divided = self.training.parallel != "data"   # the model is split over the processes; see trainers/parallel
+        check_parallel(model, self.training.parallel, self.accelerator.num_processes)
+        if self.training.parallel != "tensor" and self.training.batch_size % self.accelerator.num_processes:
             raise ConfigError(f"batch_size={self.training.batch_size} cannot be shared by {self.accelerator.num_processes} processes; choose a multiple")
         self.batches = batches or Batches(data.train, self.training.batch_size, config.data.sequence_length, seed=self.training.seed, order=config.data.order)
         self.make_windows = windows or (lambda limit: Windows(data.validation, config.data.sequence_length, self.training.batch_size, max_batches=limit))
@@ -83,8 +91,10 @@ class Trainer:
             getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)({"use_reentrant": False})
         if self.training.compile: model.compile()
         self.model = model.to(self.accelerator.device)
+        if self.divided: shard(self.model, self.training.parallel, self.accelerator)
         self.optimizer = build_optimizer(self.model, self.training)
-        self.wrapped, self.wrapped_optimizer = self.accelerator.prepare(self.model, self.optimizer)
+        if self.divided: self.wrapped, self.wrapped_optimizer = self.model, self.accelerator.prepare_optimizer(self.optimizer)
+        else: self.wrapped, self.wrapped_optimizer = self.accelerator.prepare(self.model, self.optimizer)
         self.callbacks = [*(default_callbacks(config) if callbacks is None else callbacks), *extra_callbacks]
         # the state: all that changes while it runs
         self.step = self.skipped = self.rollbacks = self.best_step = self.evaluations_without_better = 0
@@ -111,6 +121,7 @@ class Trainer:
                 try: self.emit("on_step")
                 except RolledBack: continue
             self.stop_reason = self.stop_reason or "finished"
+            if self.divided: self.model = gather(self.wrapped, self.accelerator)   # what comes after the last step has an ordinary model
         except BaseException as error:
             self.stop_reason = f"failed: {type(error).__name__}"
             raise
@@ -120,28 +131,31 @@ class Trainer:
     def train_step(self) -> None:
         "One optimizer step over `gradient_accumulation_steps` batches."
         accumulate = self.training.gradient_accumulation_steps
-        seed_everything(self.training.seed, self.step, self.accelerator.process_index)
+        seed_everything(self.training.seed, self.step, 0 if self.training.parallel == "tensor" else self.accelerator.process_index)
         self.learning_rate = self.lr_scale * learning_rate_at(self.step, self.training, self.total_steps)
         for group in self.optimizer.param_groups: group["lr"] = self.learning_rate * group.get("lr_scale", 1.0)
         for micro in range(accumulate):
             batch = self.share(self.batches.batch((self.step + self.skipped) * accumulate + micro))
             with self._sync(micro == accumulate - 1):
-                loss = self.wrapped(**batch).loss / accumulate
+                with self.accelerator.autocast() if self.divided else contextlib.nullcontext(): loss = self.wrapped(**batch).loss / accumulate
                 self.accelerator.backward(loss)
             self.loss_total += loss.detach()
         self.loss_count += 1
         if self.training.max_grad_norm is not None:
-            self.grad_norm = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.training.max_grad_norm)
+            clip = clip_grad_norm if self.divided else self.accelerator.clip_grad_norm_
+            self.grad_norm = clip(self.wrapped.parameters(), self.training.max_grad_norm)
         self.wrapped_optimizer.step()
         self.wrapped_optimizer.zero_grad()
 
     def _sync(self, last: bool):
         "Processes exchange gradients after the last batch of a step only."
-        return contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped)
+        if self.training.parallel == "sharded": self.wrapped.set_requires_gradient_sync(last)
+        return contextlib.nullcontext() if last or self.divided else self.accelerator.no_sync(self.wrapped)
 
     def share(self, batch: dict) -> dict:
-        "This process's rows of a batch, on its device. Processes share the batch, so any number of them trains the same run."
+        "This process's rows of a batch, on its device. Processes share the batch, so any number of them trains the same run; with tensor parallelism all see all of it."
         rank, processes, device = self.accelerator.process_index, self.accelerator.num_processes, self.accelerator.device
+        if self.training.parallel == "tensor": rank, processes = 0, 1
         def mine(tensor):
             rows = len(tensor) // processes
             tensor = tensor[rank * rows:(rank + 1) * rows]
@@ -188,14 +202,17 @@ class Trainer:
     def evaluate(self, limit: int | None = None) -> dict:
         "Evaluate on held-out windows (at most `limit` batches); every process gets the same numbers."
         with self.accelerator.autocast():
-            return evaluate_model(self.model, self.make_windows(limit), self.data.validation.bytes_per_token, device=self.accelerator.device)
+            metrics = evaluate_model(self.model, self.make_windows(limit), self.data.validation.bytes_per_token, device=self.accelerator.device)
+        return same_everywhere(metrics) if self.divided and self.model is self.wrapped else metrics
 
     def save(self) -> Path:
         "Write the checkpoint of this step and let `latest` mean it."
         folder = self.run.step_folder(self.step)
-        state_dict = None
-        if self.accelerator.is_main_process:
-            write_checkpoint(folder, self.model, self.tokenizer, self.optimizer, self.state(), self.facts(), state_dict)
+        self.loss_total = self.accelerator.reduce(self.loss_total, "mean")   # the checkpoint speaks for all processes
+        main, weights, moments = self.accelerator.is_main_process, None, self.optimizer
+        if self.divided: weights, moments = full_state_dict(self.wrapped, keep=main), optimizer_tensors(self.wrapped, self.optimizer, keep=main)
+        if main:
+            write_checkpoint(folder, self.model, self.tokenizer, moments, self.state(), self.facts(), weights)
             self.run.point("latest", self.step)
             if self.best_step == self.step and self.best is not None: self.run.point("best", self.step)
         self.accelerator.wait_for_everyone()

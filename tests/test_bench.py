@@ -1,0 +1,152 @@
+"""The benchmark's mechanism at toy sizes: what is compared, how it is written down, what is said of an absent peer. No times are asserted."""
+import json
+
+import pytest
+import torch
+from sprout_lab.configs import ConfigError, preset_names, resolve
+from sprout_lab.evaluation import benchmarks
+from sprout_lab.evaluation.benchmarks import Row, Shape, bench, bench_rows, bench_table, compare, loss_at, one_thread, plot_bench, plot_quality, quality_rows, read_bench, side_by_side, time_to
+from sprout_lab.families import get_family
+
+TINY = Shape("tiny", 2, 2, 32, 64, 16, 2)
+
+
+@pytest.fixture
+def family(): return get_family("transformer")
+
+
+@pytest.fixture
+def toy_parts(monkeypatch):
+    "The parts of the benchmark at sizes that take a moment."
+    monkeypatch.setattr(benchmarks, "PARTS", {
+        "training": lambda f, peer, n: benchmarks.bench_training(f, peer, n, shapes=[TINY], steps=1),
+        "decoding": lambda f, peer, n: benchmarks.bench_decoding(f, peer, n, shape=TINY, new=8, far=32, steps=2),
+        "tokenizer": lambda f, peer, n: benchmarks.bench_tokenizer(f, peer, n, characters=5_000, vocab_size=280),
+        "quality": benchmarks.bench_quality})
+
+
+@pytest.fixture
+def peer(tmp_path):
+    "A stand-in with nanoGPT's interface: bigrams."
+    (tmp_path / "model.py").write_text('''
+from dataclasses import dataclass
+import torch
+from torch import nn
+import torch.nn.functional as F
+
+@dataclass
+class GPTConfig:
+    block_size: int = 8
+    vocab_size: int = 8
+    n_layer: int = 1
+    n_head: int = 1
+    n_embd: int = 8
+    dropout: float = 0.0
+    bias: bool = False
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        print("number of parameters")
+        self.table = nn.Embedding(config.vocab_size, config.vocab_size)
+    def forward(self, ids, targets=None):
+        logits = self.table(ids)
+        return logits, None if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+        return torch.optim.AdamW(self.parameters(), lr=learning_rate, betas=betas, weight_decay=weight_decay)
+    @torch.no_grad()
+    def generate(self, ids, new, top_k=None):
+        for _ in range(new): ids = torch.cat([ids, self(ids)[0][:, -1:].argmax(-1)], 1)
+        return ids
+''')
+    return tmp_path
+
+
+def test_sides_alternate_and_threads_are_restored():
+    order, before = [], torch.get_num_threads()
+    with pytest.raises(ZeroDivisionError), one_thread(): 1 / 0
+    with one_thread(): seconds = side_by_side({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, repeats=3)
+    assert torch.get_num_threads() == before
+    assert order == ["a", "b"] + ["a", "b", "b", "a", "a", "b"] and {len(s) for s in seconds.values()} == {3}
+
+
+def test_ratios_are_paired():
+    seconds = {"ours": [1.0, 10.0, 1.0], "theirs": [2.0, 20.0, 2.0]}    # a round ten times slower changes no ratio
+    row = compare("p", "w", seconds, "ours", "theirs", amount=10, target=">= 2.5")
+    assert (row.ratio, row.low, row.high, row.value, row.met) == (2, 2, 2, 10, False)
+    cost = compare("p", "w", seconds, "ours", "theirs", cost=True, target="<= 0.5")
+    assert cost.ratio == 0.5 and cost.met
+    absent = compare("p", "w", seconds, "ours", "nobody", target=">= 1")
+    assert absent.value is None and absent.met is None and "nobody: absent" in bench_table([absent])
+
+
+def test_without_a_clone_the_peer_is_named_absent(family, toy_parts, tmp_path):
+    said, file = [], tmp_path / "bench.json"
+    rows = bench(family, repeats=1, output=file, say=said.append)
+    text = "\n".join(said)
+    assert "nanoGPT: absent" in text and {r.part for r in rows} == {"training", "decoding", "tokenizer"}
+    assert all(r.value is None for r in rows if r.against == "nanoGPT") and all(r.value for r in rows if r.against != "nanoGPT")
+    content = read_bench(file)
+    assert content["benchmark"] == "transformer" and all(part["machine"]["threads"] == 1 for part in content["parts"].values())
+    assert bench_rows(content) == [r for part in content["parts"] for r in rows if r.part == part]
+    content["parts"]["quality"] = {"rows": []}
+    file.write_text(json.dumps(content))
+    bench(family, only=["tokenizer"], repeats=1, output=file, say=said.append)
+    assert list(read_bench(file)["parts"]) == ["training", "decoding", "tokenizer", "quality"]    # the others stay
+
+
+def test_beside_a_peer(family, toy_parts, peer, capsys):
+    rows = bench(family, nanogpt=peer, only=["training", "decoding"], repeats=1, say=lambda words: None)
+    assert all(r.ratio > 0 for r in rows) and {r.against for r in rows} >= {"nanoGPT", "HF Llama", "HF generate"}
+    assert capsys.readouterr().out == ""
+    assert len(plot_bench(rows).png()) > 1000
+
+
+def test_quality_is_scored_off_the_clock(family, peer):
+    curve = benchmarks.train_ours(family, 1, max_steps=3, warmup_steps=1, hidden_size=16, num_hidden_layers=1, batch_size=2)
+    assert [step for step, *_ in curve] == benchmarks.scoring_steps(3) and curve[-1][1] > 0 and 2 < curve[-1][2] < 6
+    settings = resolve("transformer", family.config_class, presets=["nanogpt_cpu"])
+    theirs = benchmarks.train_nanogpt(benchmarks.load_nanogpt(peer), benchmarks.load_data(settings.data), 1, max_steps=3)
+    rows = quality_rows([curve, curve], [curve], [theirs], loss=9.0)
+    assert rows[0].ratio > 0 and rows[0].rounds == 2 and rows[1].other == theirs[-1][2]
+    slow = [[(step, 1000.0 + seconds, loss) for step, seconds, loss in theirs]]
+    assert quality_rows([curve], [curve], slow, loss=9.0)[1].value == curve[-1][2]      # ended long before its peer
+    assert quality_rows([curve], [curve], [theirs], loss=0.1)[0].value is None
+    assert quality_rows([curve], [curve], [], loss=9.0)[0].target is None
+    assert len(plot_quality(rows).png()) > 1000
+
+
+def test_time_to_a_loss():
+    assert time_to([(1, 1.0, 3.0), (2, 2.0, 2.0)], 2.5) == 1.5
+    assert loss_at([(1, 1.0, 3.0), (2, 2.0, 2.0)], 1.25) == 2.75 and loss_at([(1, 1.0, 3.0)], 0.9) is None
+    assert time_to([(1, 1.0, 3.0)], 3.0) == 1.0 and time_to([(1, 1.0, 3.0)], 2.9) is None
+
+
+@pytest.mark.parametrize("wrong, words", [(dict(only=["trainin"]), "did you mean 'training'"), (dict(repeats=0), "repeats"), (dict(nanogpt="/nowhere"), "model.py"),
+                                          (dict(output="/nowhere/b.json"), "folder")])
+def test_mistakes_are_one_line(family, wrong, words):
+    with pytest.raises(ConfigError) as error: bench(family, **wrong, say=lambda words: None)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_foreign_file_is_not_overwritten(family, tmp_path):
+    file = tmp_path / "notes.json"
+    file.write_text('{"my": "notes"}')
+    with pytest.raises(ConfigError, match="holds no benchmark"): bench(family, output=file)
+    assert file.read_text() == '{"my": "notes"}'
+
+
+def test_presets_of_the_recipes(family):
+    assert {"nanogpt_cpu", "nanogpt_shakespeare"} <= set(preset_names("transformer"))
+    cpu = resolve("transformer", family.config_class, presets=["nanogpt_cpu"])
+    assert (cpu.data.tokenizer, cpu.data.sequence_length, cpu.model["num_hidden_layers"], cpu.model["hidden_size"]) == ("char", 64, 4, 128)
+    gpu = resolve("transformer", family.config_class, presets=["nanogpt_shakespeare"])
+    assert (gpu.data.sequence_length, gpu.training.batch_size, gpu.training.max_steps, gpu.model["dropout"]) == (256, 64, 5000, 0.2)
+
+
+def test_the_study_is_readable():
+    from pathlib import Path
+    study = Path(__file__).parents[1] / "studies" / "transformer_bench.json"
+    if not study.exists(): pytest.skip("no committed study")
+    rows = bench_rows(read_bench(study))
+    assert rows and all(isinstance(r, Row) for r in rows) and bench_table(rows)
