@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 RUN := runs/demo
 export PYTHONWARNINGS ?= default
 
-.PHONY: demo test quick lab docs bench export readme clean-notebooks slow
+.PHONY: demo test slow lab docs bench export
 
 demo: $(READY)  ## train a byte-level Transformer on Shakespeare, then let it write (under five minutes on two cores)
 	@$(BIN)/sprout-lab train transformer --preset demo --output_dir $(RUN) --resume_from auto
@@ -30,7 +30,7 @@ bench: $(READY)  ## ratios against named peers (NANOGPT=path of a clone)
 	@OMP_NUM_THREADS=1 $(BIN)/sprout-lab bench transformer $(if $(NANOGPT),--nanogpt $(NANOGPT))
 
 export: $(READY)  ## notebooks → library, cleaned notebooks, README
-	@$(BIN)/nbdev_clean && $(BIN)/nbdev_export && $(BIN)/python tools/readme.py
+	@$(BIN)/nbdev_clean && $(BIN)/nbdev_export && $(BIN)/python tools/readme.py && $(BIN)/python tools/colab.py
 
 # torch first and from the constraints: a range alone would bring gigabytes of CUDA packages
 $(READY): constraints.txt settings.ini setup.py pyproject.toml

@@ -14,8 +14,8 @@ from sprout_lab.configs import DataConfig
 from sprout_lab.data.prepare import load_data
 from sprout_lab.families import configure, make_trainer
 
-SETTINGS = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "sequence_length": 128, "batch_size": 16, "max_steps": 300, "optimizer": "adamw",
-            "learning_rate": 3e-3, "warmup_steps": 40, "scheduler": "cosine", "min_learning_rate": 0.0, "log_interval": 50, "device": "cpu"}
+SETTINGS = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "sequence_length": 128, "batch_size": 16, "max_steps": 300, "optimizer": "muon",
+            "learning_rate": 0.02, "warmup_steps": 30, "scheduler": "linear", "zero_init_output": True, "min_learning_rate": 0.0, "log_interval": 50, "device": "cpu"}
 VARIANTS = {
     "baseline": {}, "no norm": {"norm": "none"}, "post-norm": {"norm": "post"}, "no positions": {"position": "none"}, "half-split RoPE": {"position": "rope_half"},
     "SiLU instead of SwiGLU": {"activation": "silu"}, "tied head": {"tie_word_embeddings": True}, "one key-value head": {"num_key_value_heads": 1}, "QK-norm": {"qk_norm": True},

@@ -378,6 +378,7 @@ def test_many_threads_give_the_same_numbers():
     assert abs(losses[0][0] - losses[1][0]) < 1e-5 and torch.allclose(losses[0][1], losses[1][1], atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 def test_lora_through_peft():
     peft = pytest.importorskip("peft")
     model = perturbed(build()).float()

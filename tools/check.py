@@ -42,6 +42,7 @@ def in_step() -> None:
 if __name__ == "__main__":
     started = time.time()
     in_step()
+    run("Colab notebooks are in step with the register", sys.executable, "tools/colab.py", "--check")
     run("exported library: no undefined names", "ruff", "check", "--quiet", "--select", "F821", "sprout_lab", "tools", "tests")
     run("notebooks", "nbdev-test", "--n-workers", "1", "--skip-folder-re", "^guides$")
     run("tests", sys.executable, "-m", "pytest", *sys.argv[1:])

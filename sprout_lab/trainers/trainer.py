@@ -240,6 +240,7 @@ class Trainer:
 
     def load_state(self, folder) -> None:
         "Continue from a checkpoint: weights, optimizer, position, and logs cut back to its step."
+        self.emit("on_load", folder)
         state = read_checkpoint(folder, self.model, self.optimizer)
         saved, mine = state["batches"], self.batches_fingerprint()
         if saved != mine:
