@@ -18,7 +18,7 @@ from pathlib import Path
 import click
 
 from . import __version__
-from .configs import ALIASES, SWITCHES, ConfigError, nearest, sections, settings_fields
+from .configs import ALIASES, SWITCHES, ConfigError, DataConfig, nearest, sections, settings_fields, user_path
 
 # %% ../nbs/cli.ipynb #0a14b24a
 def _one_line(error: click.ClickException) -> str:
@@ -190,6 +190,8 @@ def train():
 def prepare_command(**options):
     "Turn text into memory-mapped tokens: streaming, parallel, resumable."
     from sprout_lab.data.prepare import prepare_from_options
+    DataConfig(**{name: options[name] for name in ("val_fraction", "split_seed", "max_samples", "vocab_size")})   # the same bounds as in a run
+    options["output"] = str(user_path(options["output"]))
     prepare_from_options(say=click.echo, **options)
 
 # %% ../nbs/cli.ipynb #f5b512e8
@@ -231,11 +233,12 @@ def generate_command(model_path, prompt, prompt_file, output_file, num_samples, 
     from sprout_lab.families import load_model
     from sprout_lab.trainers.trainer import device_of
     if sum((prompt is not None, prompt_file is not None, interactive)) > 1: raise ConfigError("prompt, prompt_file and interactive exclude one another; keep one of them")
-    config = SamplingConfig(**{**sampling, "stop": [text.encode().decode("unicode_escape") if "\\" in text else text for text in sampling["stop"]], "num_samples": num_samples})
-    if output_file and not Path(output_file).expanduser().resolve().parent.is_dir(): raise ConfigError(f"{output_file}: its folder does not exist; make it first")
+    config = SamplingConfig(**{**sampling, "stop": [text.replace("\\n", "\n").replace("\\t", "\t") for text in sampling["stop"]], "num_samples": num_samples})
+    if output_file and not user_path(output_file).resolve().parent.is_dir(): raise ConfigError(f"{output_file}: its folder does not exist; make it first")
     prompts = _prompts(prompt, prompt_file)
     model, tokenizer = load_model(model_path, say=lambda words: click.echo(words, err=True))
     if tokenizer is None: raise ConfigError(f"{model_path}: has no tokenizer, it was trained on bare ids and cannot write text")
+    if not hasattr(model, "make_cache"): raise ConfigError(f"{model_path}: is a {type(model).__name__}, not a model of the lab; use transformers' generate for it")
     model.to(device_of(device))
     if interactive: return talk(model, tokenizer, config)
     if len(prompts) == 1 and num_samples == 1: texts = [_write(model, tokenizer, prompts[0], config)]
@@ -246,11 +249,11 @@ def generate_command(model_path, prompt, prompt_file, output_file, num_samples, 
             click.echo(prompts[number // num_samples] + text)
     if output_file:
         whole = [prompts[number // num_samples] + text for number, text in enumerate(texts)]
-        Path(output_file).expanduser().write_text("\n---\n".join(whole) + "\n", encoding="utf-8")
+        user_path(output_file).write_text("\n---\n".join(whole) + "\n", encoding="utf-8")
 
 def _prompts(prompt, prompt_file) -> list[str]:
     if prompt_file is None: return ["\n" if prompt is None else prompt]
-    try: lines = Path(prompt_file).expanduser().read_text(encoding="utf-8").splitlines()
+    try: lines = user_path(prompt_file).read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError: raise ConfigError(f"{prompt_file}: is not text; one prompt per line is needed") from None
     except FileNotFoundError: raise ConfigError(f"{prompt_file}: no such file; one prompt per line is needed") from None
     prompts = [line for line in lines if line.strip()]
@@ -324,7 +327,7 @@ def export_command(run, output, llama, ternary):
 
 def _new_folder(path) -> Path:
     "A folder that may be written: not there yet, or empty."
-    folder = Path(path).expanduser()
+    folder = user_path(path)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())): raise ConfigError(f"{folder}: is already there; choose another output")
     return folder
 

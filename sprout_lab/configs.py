@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['sections', 'ALIASES', 'SWITCHES', 'VALUES', 'ConfigError', 'nearest', 'setting', 'FieldSpec', 'settings_fields',
-           'Settings', 'DataConfig', 'TrainingConfig', 'OutputConfig', 'canonical', 'read_mapping', 'flatten',
-           'read_settings', 'preset_names', 'read_preset', 'RunConfig', 'resolve', 'settings_table', 'aliases_table']
+           'Settings', 'DataConfig', 'TrainingConfig', 'OutputConfig', 'canonical', 'user_path', 'read_mapping',
+           'flatten', 'read_settings', 'preset_names', 'read_preset', 'RunConfig', 'resolve', 'settings_table',
+           'aliases_table']
 
 # %% ../nbs/configs.ipynb #c7c6b345
 import difflib
 import json
 import math
 import os
+import reprlib
 import types
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,8 +101,7 @@ def _as_config_error(error: ValidationError, cls) -> ConfigError:
     value = first.get("input")
     if first["type"] == "extra_forbidden" or name not in specs:
         return ConfigError(f"{name}: unknown setting{nearest(name, specs)}")
-    shown = repr(value) if isinstance(value, str) else str(value)
-    shown = shown if len(shown) <= 60 else shown[:57] + "..."
+    shown = reprlib.repr(value)   # bounded, whatever was written
     close = nearest(value, specs[name].choices) if specs[name].choices and isinstance(value, str) else ""
     return ConfigError(f"{name}={shown}: {specs[name].allowed()} is needed{close}")
 
@@ -281,9 +282,32 @@ _SECTION_KEYS = {
 }
 _SECTIONS = ("experiment", "dataset", "data", "model", "training", "output", "device", "logging")
 
+def user_path(path) -> Path:
+    "A path that a user wrote, `~` understood; one that no file system can hold is a `ConfigError`."
+    if "\0" in str(path): raise ConfigError(f"{str(path)!r}: a path cannot hold a NUL character")
+    try: return Path(path).expanduser()
+    except RuntimeError: raise ConfigError(f"{path}: there is no such user's home; write the path in full") from None
+
+def _no_twins(pairs):
+    "A mapping in which every key stands once."
+    found = {}
+    for key, value in pairs:
+        if key in found: raise ConfigError(f"{key} is given twice; keep one")
+        found[key] = value
+    return found
+
+class _StrictLoader(yaml.SafeLoader):
+    "YAML's safe loader, which also refuses a key that stands twice."
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key, _ in node.value:
+            if key.tag != "tag:yaml.org,2002:merge" and (key.tag, key.value if isinstance(key.value, str) else id(key)) in seen: raise ConfigError(f"{key.value} is given twice; keep one")
+            seen.add((key.tag, key.value if isinstance(key.value, str) else id(key)))
+        return super().construct_mapping(node, deep)
+
 def read_mapping(path) -> dict:
     "A YAML or JSON file as a dict. A missing, empty, unreadable or wrong file is a one-line `ConfigError`."
-    path = Path(path).expanduser()
+    path = user_path(path)
     if not path.exists():
         beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise ConfigError(f"{path}: no such configuration file{nearest(path.name, beside)}")
@@ -291,11 +315,13 @@ def read_mapping(path) -> dict:
     try: text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError: raise ConfigError(f"{path}: is not text; a configuration is a YAML or JSON file") from None
     except OSError as error: raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
-    try: content = json.loads(text) if text.lstrip().startswith("{") else yaml.safe_load(text)
+    try: content = json.loads(text, object_pairs_hook=_no_twins) if text.lstrip().startswith("{") else yaml.load(text, Loader=_StrictLoader)   # a SafeLoader
+    except ConfigError as error: raise ConfigError(f"{path}: {error}") from None
     except json.JSONDecodeError as error: raise ConfigError(f"{path}: is not valid JSON (line {error.lineno}: {error.msg})") from None
     except yaml.YAMLError as error:
         line = f"line {error.problem_mark.line + 1}: " if getattr(error, "problem_mark", None) else ""
         raise ConfigError(f"{path}: is not valid YAML ({line}{getattr(error, 'problem', None) or 'it cannot be parsed'})") from None
+    except (ValueError, KeyError, AttributeError, TypeError, OverflowError): raise ConfigError(f"{path}: holds a value that cannot be read; a configuration has plain names, numbers and texts") from None
     except RecursionError: raise ConfigError(f"{path}: is nested too deeply; a configuration has names and values, at most in sections") from None
     if content is None: raise ConfigError(f"{path}: is empty; write settings such as `batch_size: 16`")
     if not isinstance(content, dict): raise ConfigError(f"{path}: holds a {type(content).__name__}; a configuration is a mapping of names to values")
@@ -309,6 +335,7 @@ def flatten(content: dict, where: str = "the configuration", folder: Path = Path
         if name in flat and flat[name] != value: raise ConfigError(f"{where}: {name} is given twice ({flat[name]} and {value}); keep one")
         flat[name] = value
     for key, value in content.items():
+        if key in ("family", "preset", "size", "objective", "resume_from", "output_dir") and not isinstance(value, (str, type(None))): raise ConfigError(f"{where}: {key} is a {type(value).__name__}; a name is needed")
         if not isinstance(key, str): raise ConfigError(f"{where}: the key {key!r} is not a name")
         if key in _SECTIONS and isinstance(value, dict):
             for name, inner in value.items():
@@ -318,7 +345,9 @@ def flatten(content: dict, where: str = "the configuration", folder: Path = Path
                     for inherited, inherited_value in flatten(read_mapping(found), str(found), found.parent).items():
                         flat.setdefault(inherited, inherited_value)
                     continue
-                put(_SECTION_KEYS.get((key, name), str(name)), inner)
+                name = _SECTION_KEYS.get((key, name), str(name))
+                if name in ("family", "objective") and not isinstance(inner, (str, type(None))): raise ConfigError(f"{where}: {key}.{name} is a {type(inner).__name__}; a name is needed")
+                put(name, inner)
         elif key in _SECTIONS and value is None: continue   # an empty section
         elif key == "model_type": put("family", value)
         else: put(key, value)
@@ -326,7 +355,7 @@ def flatten(content: dict, where: str = "the configuration", folder: Path = Path
 
 def read_settings(path) -> dict:
     "A configuration file as flat names and values."
-    path = Path(path).expanduser()
+    path = user_path(path)
     return flatten(read_mapping(path), str(path), path.parent)
 
 # %% ../nbs/configs.ipynb #1681fd69

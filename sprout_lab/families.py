@@ -12,14 +12,14 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
-from .configs import ConfigError, RunConfig, nearest, preset_names, read_preset, canonical, resolve, sections
+from .configs import ConfigError, RunConfig, nearest, preset_names, read_preset, canonical, resolve, sections, user_path
 from .data.prepare import load_data
 from .data.tokenizers import load_tokenizer, register_tokenizers
 from .models.hnet import HNetBitConfig, HNetBitForCausalLM
 from .models.slm import SLMConfig, SimplifiedSLMForCausalLM
 from .models.transformer import TransformerConfig, TransformerForCausalLM
 from .runs import Run, find_checkpoint, new_run_folder
-from .trainers.checkpoints import no_progress_bars
+from .trainers.checkpoints import load_pretrained
 from .trainers.trainer import Trainer, seed_everything
 
 # %% ../nbs/families.ipynb #c3ae6862
@@ -95,7 +95,7 @@ def configure(family: str | None, flags: dict | None = None, *, config: str | No
     "Everything that decides a run, checked: flag > file > preset > default. Without a preset or a size, the preset is nano."
     flags = dict(flags or {})
     named = {}
-    if config is not None and not Path(config).expanduser().exists():
+    if config is not None and not user_path(config).exists():
         stem = Path(config).stem   # configs/small_model.yaml of a guide is a shipped preset here
         if family and stem in preset_names(get_family(family).name):
             say(f"{config}: not here; using the shipped preset {stem}")
@@ -164,8 +164,7 @@ def make_trainer(run: RunConfig, *, data=None, extra_callbacks=(), say=print, ca
 def load_model(path, say=print, objective: str = "causal"):
     "(model in eval mode, tokenizer) of a run, a checkpoint or a saved model's folder. Only safetensors are read; a tokenizer may be missing (None)."
     folder = find_checkpoint(path, say=say)
-    try:
-        with no_progress_bars(): model = _auto[objective].from_pretrained(folder, use_safetensors=True)
-    except (OSError, ValueError, KeyError) as error: raise ConfigError(f"{folder}: holds no model that can be loaded ({str(error).splitlines()[0]})") from None
+    if (folder / "ternary.safetensors").exists(): raise ConfigError(f"{folder}: is a ternary export; load it with sprout_lab.models.ternary.load_ternary, or use the run it came from")
+    model = load_pretrained(folder, _auto[objective])
     tokenizer = load_tokenizer(folder) if (folder / "tokenizer_config.json").exists() else None
-    return model.eval(), tokenizer
+    return model, tokenizer

@@ -18,7 +18,7 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-from .configs import ConfigError, nearest, read_mapping
+from .configs import ConfigError, nearest, read_mapping, user_path
 
 # %% ../nbs/runs.ipynb #2b81d7d2
 MANIFEST = "manifest.json"
@@ -65,9 +65,12 @@ def damage(folder: Path) -> str | None:
     if not folder.is_dir(): return "is missing" if not folder.exists() else "is a file, not a folder of safetensors and JSON"
     try: listed = json.loads((folder / MANIFEST).read_text())
     except FileNotFoundError: return f"has no {MANIFEST}"
-    except (ValueError, OSError): return f"{MANIFEST} is unreadable"
+    except (ValueError, OSError, RecursionError): return f"{MANIFEST} is unreadable"
     if not isinstance(listed, dict) or not listed: return f"{MANIFEST} is unreadable"
+    loose = [p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".json") and p.name != MANIFEST and p.name not in listed]
+    if loose: return f"{MANIFEST} does not name {loose[0]}"
     for name, facts in listed.items():
+        if not isinstance(facts, dict) or not isinstance(facts.get("bytes"), int): return f"{MANIFEST} is unreadable"
         path = folder / name
         if ".." in Path(name).parts or Path(name).is_absolute(): return f"{MANIFEST} names a file outside the folder"
         if not path.is_file(): return f"{name} is missing"
@@ -121,7 +124,8 @@ def read_log(path) -> dict[str, list]:
         try: return float(cell)
         except ValueError: return cell
     with open(path, newline="", encoding="utf-8", errors="replace") as file:
-        rows = list(csv.DictReader(file))
+        try: rows = list(csv.DictReader(file))
+        except csv.Error as error: raise ConfigError(f"{path}: is not a log ({error}); move it away") from None
     return {name: [value(row[name]) for row in rows] for name in (rows[0] if rows else {}) if name is not None}
 
 # %% ../nbs/runs.ipynb #796a8e41
@@ -129,7 +133,7 @@ class Run:
     "The folder of one run, by its parts. `Run(path)` touches nothing on the disk."
 
     def __init__(self, folder):
-        self.folder = Path(folder).expanduser()
+        self.folder = user_path(folder)
         self.config = self.folder / "config.yaml"
         self.checkpoints = self.folder / "checkpoints"
         self.logs = self.folder / "logs"
@@ -196,7 +200,7 @@ def new_run_folder(*words, root="runs") -> Path:
 def find_checkpoint(path, *, prefer: str = "best", say=print) -> Path:
     """The folder of a whole checkpoint for a run, a checkpoint, or one of the guides' names. `prefer` is best or latest, for a run's folder.
     A damaged one is reported through `say` and the newest whole one before it is used. Raises `ConfigError` when there is none."""
-    path = Path(path).expanduser()
+    path = user_path(path)
     if path.suffix in (".pt", ".pth", ".ckpt") and not path.is_file(): path = path.with_suffix("")
     if path.is_file():
         raise ConfigError(f"{path}: is a file; a checkpoint is a folder of safetensors and JSON, and nothing is ever unpickled")
@@ -248,11 +252,13 @@ def run_facts(folder) -> dict:
     if not run.exists(): raise ConfigError(f"{run.folder}: is not a run (it has no config.yaml)")
     config = read_mapping(run.config)
     try: summary = json.loads(run.summary.read_text())
-    except (OSError, ValueError): summary = {}
+    except (OSError, ValueError, RecursionError): summary = {}
+    summary = summary if isinstance(summary, dict) else {}
+    config = {key: value for key, value in config.items() if isinstance(value, dict)}
     log = read_log(run.eval_log)
     scores = [b for b in log.get("bits_per_byte", []) if isinstance(b, (int, float))]
     steps = run.steps()
-    return {"name": run.folder.name, "folder": str(run.folder), "family": (config.get("model") or {}).get("type"),
+    return {"name": run.folder.name, "folder": str(run.folder), "family": str((config.get("model") or {}).get("type")),
             "dataset": (config.get("data") or {}).get("dataset_name"), "state": summary.get("state", "unfinished"),
             "step": steps[-1] if steps else 0, "max_steps": summary.get("max_steps") or (config.get("training") or {}).get("max_steps"),
             "parameters": summary.get("parameters"), "best_bits_per_byte": min(scores) if scores else None, "disk_bytes": disk_use(run.folder),
@@ -261,7 +267,12 @@ def run_facts(folder) -> dict:
 def list_runs(root="runs") -> list[dict]:
     "The facts of every run below `root` (two folders down at most), newest first."
     found = [p.parent for pattern in ("*/config.yaml", "*/*/config.yaml") for p in Path(root).glob(pattern) if (p.parent / "checkpoints").is_dir()]
-    return sorted((run_facts(p) for p in found), key=lambda facts: facts["modified"], reverse=True)
+    def facts_of(folder):
+        try: return run_facts(folder)
+        except ConfigError:   # one spoilt run must not hide the others
+            return dict.fromkeys(("family", "dataset", "max_steps", "parameters", "best_bits_per_byte")) | {
+                "name": folder.name, "folder": str(folder), "state": "config.yaml or logs are unreadable", "step": (Run(folder).steps() or [0])[-1], "disk_bytes": disk_use(folder), "modified": ""}
+    return sorted(map(facts_of, found), key=lambda facts: facts["modified"], reverse=True)
 
 def delete_run(folder) -> int:
     "Delete a run's folder and return the bytes freed. Refuses anything that is not a run."

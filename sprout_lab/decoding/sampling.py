@@ -24,12 +24,13 @@ class SamplingConfig(Settings):
     temperature: Annotated[float, setting("Divides the logits: below 1 bolder, above 1 wilder, 0 always the likeliest token.", ge=0, le=100)] = 1.0
     top_k: Annotated[int, setting("Choose among the k likeliest tokens; 0 among all.", ge=0, le=2**24, unit="tokens")] = 50
     top_p: Annotated[float, setting("Choose among the likeliest tokens that together have this probability; 1 among all.", gt=0, le=1)] = 0.9
-    repetition_penalty: Annotated[float, setting("Above 1 makes tokens that have occurred less likely; 1 leaves them.", gt=0, le=100)] = 1.0
+    repetition_penalty: Annotated[float, setting("Above 1 makes tokens that have occurred less likely; 1 leaves them.", ge=0.01, le=100)] = 1.0
     num_samples: Annotated[int, setting("Continuations per prompt.", ge=1, le=10**4)] = 1
     stop: Annotated[list, setting("Texts that end the continuation; they are not part of it.")] = []
     seed: Annotated[int | None, setting("The same seed gives the same text; none gives a new one each time.", ge=0, le=2**32 - 1)] = None
 
     def check(self):
+        if 0 < self.temperature < 1e-3: raise ConfigError(f"temperature={self.temperature:g}: at least 0.001 is needed, or 0 for always the likeliest token")
         if any(not isinstance(s, str) or not s for s in self.stop): raise ConfigError(f"stop={self.stop}: a list of texts, none of them empty, is needed")
 
 # %% ../../nbs/decoding/sampling.ipynb #64d01311

@@ -22,6 +22,7 @@ from ..data.tokenizers import ByteTokenizer, encode_array
 from ..decoding.sampling import SamplingConfig, generate_text
 from .metrics import distinct_n, evaluate_sums, invalid_bytes, summarize, utf8_validity
 from ..runs import find_checkpoint
+from ..trainers.checkpoints import load_pretrained
 from ..visualizers.curves import METRICS, plot_comparison
 from ..visualizers.style import Figure
 
@@ -194,6 +195,4 @@ def load_model(path):
     """The causal model of a run, a checkpoint folder, or a guide's name for one. Its family has to be known to the Auto classes; importing
     `sprout_lab.families` makes all of ours known."""
     folder = find_checkpoint(path)
-    try: return AutoModelForCausalLM.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ConfigError(f"{folder}: holds no causal model that can be loaded ({str(error).strip().splitlines()[0][:200]})") from None
+    return load_pretrained(folder, AutoModelForCausalLM)

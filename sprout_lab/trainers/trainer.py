@@ -224,7 +224,7 @@ class Trainer:
 
     def state(self) -> dict:
         return {**{name: getattr(self, name) for name in self._counted}, "loss_total": self.loss_total.item(), "elapsed": self.elapsed, "total_steps": self.total_steps,
-                "seed": self.training.seed, "batches": self.batches_fingerprint()}
+                "seed": self.training.seed, "optimizer": self.training.optimizer, "batches": self.batches_fingerprint()}
 
     def batches_fingerprint(self) -> dict:
         "What the order of the batches depends on; a resumed run must have the same."
@@ -246,6 +246,8 @@ class Trainer:
         if saved != mine:
             name = next(n for n in mine if saved.get(n) != mine[n])
             self.say(f"{name} was {saved.get(name)} and is {mine[name]}: the run goes on from step {state['step']}, on other batches than it would have had")
+        if state.get("optimizer", self.training.optimizer) != self.training.optimizer:
+            self.say(f"optimizer was {state['optimizer']} and is {self.training.optimizer}: its moments begin anew where they do not fit")
         for name in self._counted: setattr(self, name, state[name])
         self.loss_total = torch.tensor(state["loss_total"], device=self.accelerator.device, dtype=self.loss_total.dtype)
         self.elapsed_before, self.started = state["elapsed"], time.monotonic()
