@@ -945,6 +945,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'sprout_lab/kernels/build.py'),
                                           'sprout_lab.kernels.build.compiler': ( 'kernels/build.html#compiler',
                                                                                  'sprout_lab/kernels/build.py'),
+                                          'sprout_lab.kernels.build.custom_op': ( 'kernels/build.html#custom_op',
+                                                                                  'sprout_lab/kernels/build.py'),
                                           'sprout_lab.kernels.build.has_triton': ( 'kernels/build.html#has_triton',
                                                                                    'sprout_lab/kernels/build.py'),
                                           'sprout_lab.kernels.build.interpreting': ( 'kernels/build.html#interpreting',

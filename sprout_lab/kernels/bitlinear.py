@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .build import choose_backend, load_c, pointer, split_rows
+from .build import choose_backend, custom_op, load_c, pointer, split_rows
 
 try:
     import triton
@@ -176,14 +176,14 @@ def _norm_backward_triton(x, w, rstd, g, c):
 _quantize_rows = {"c": _quantize_rows_c, "torch": _quantize_rows_torch, "triton": _quantize_rows_triton}
 _norm_backward = {"c": _norm_backward_c, "torch": _norm_backward_torch, "triton": _norm_backward_triton}
 
-@torch.library.custom_op("sprout_lab::quantize_rows", mutates_args=())
+@custom_op("quantize_rows")
 def _quantize_rows_op(x: Tensor, w: Tensor, eps: float, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     return _quantize_rows[backend](x, w, eps)
 
 @_quantize_rows_op.register_fake
 def _(x, w, eps, backend): return torch.empty_like(x, dtype=torch.int8), x.new_empty(x.shape[0]), x.new_empty(x.shape[0])
 
-@torch.library.custom_op("sprout_lab::norm_backward", mutates_args=())
+@custom_op("norm_backward")
 def _norm_backward_op(x: Tensor, w: Tensor, rstd: Tensor, g: Tensor, c: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     return _norm_backward[backend](x, w, rstd, g, c)
 
@@ -200,7 +200,7 @@ def quantize_activations(x: Tensor, norm_weight: Tensor, eps: float = 1e-8, back
     else: codes, scale, _ = _quantize_rows[backend](flat, w, eps)   # decoding: an operator's dispatch would take half the time
     return codes.view(shape), scale.view(*shape[:-1], 1)
 
-@torch.library.custom_op("sprout_lab::quantize_weight", mutates_args=())
+@custom_op("quantize_weight")
 def _quantize_weight_c(weight: Tensor) -> tuple[Tensor, Tensor]:
     codes, scale = torch.empty(weight.shape, dtype=torch.int8), torch.empty(())
     load_c(BITLINEAR_C, "bitlinear").quantize_weight(pointer(weight), pointer(codes), pointer(scale), ctypes.c_int64(weight.numel()))

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .build import choose_backend, load_c, pointer, split_rows
+from .build import choose_backend, custom_op, load_c, pointer, split_rows
 
 try:
     import triton
@@ -181,13 +181,13 @@ def _backward_triton(g, h, w, rstd, dy):
 _forward = {"c": _forward_c, "torch": _forward_torch, "triton": _forward_triton}
 _backward = {"c": _backward_c, "torch": _backward_torch, "triton": _backward_triton}
 
-@torch.library.custom_op("sprout_lab::norm_gate_forward", mutates_args=())
+@custom_op("norm_gate_forward")
 def _forward_op(g: Tensor, h: Tensor, w: Tensor, eps: float, backend: str) -> tuple[Tensor, Tensor]: return _forward[backend](g, h, w, eps)
 
 @_forward_op.register_fake
 def _(g, h, w, eps, backend): return torch.empty_like(g), g.new_empty(g.shape[0])
 
-@torch.library.custom_op("sprout_lab::norm_gate_backward", mutates_args=())
+@custom_op("norm_gate_backward")
 def _backward_op(g: Tensor, h: Tensor, w: Tensor, rstd: Tensor, dy: Tensor, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     return _backward[backend](g, h, w, rstd, dy)
 
@@ -245,7 +245,7 @@ def _silu_gate_backward_kernel(x, dy, dx, M, BLOCK: constexpr):
     tl.store(dx + n * 2 * M + d, g * b * s * (1.0 + a - a * s), mask=inside)
     tl.store(dx + n * 2 * M + M + d, g * a * s, mask=inside)
 
-@torch.library.custom_op("sprout_lab::silu_gate_forward", mutates_args=())
+@custom_op("silu_gate_forward")
 def _silu_gate_op(x: Tensor, backend: str) -> Tensor:
     rows, width = x.shape[0], x.shape[1] // 2
     if backend == "torch": return silu_gate_reference(x)
@@ -259,7 +259,7 @@ def _silu_gate_op(x: Tensor, backend: str) -> Tensor:
 @_silu_gate_op.register_fake
 def _(x, backend): return x.new_empty(x.shape[0], x.shape[1] // 2)
 
-@torch.library.custom_op("sprout_lab::silu_gate_backward", mutates_args=())
+@custom_op("silu_gate_backward")
 def _silu_gate_backward_op(x: Tensor, dy: Tensor, backend: str) -> Tensor:
     rows, width = dy.shape
     dx = torch.empty_like(x)

@@ -11,7 +11,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from .build import choose_backend, load_c, pointer, split_rows
+from .build import choose_backend, custom_op, load_c, pointer, split_rows
 
 try:
     import triton
@@ -222,14 +222,14 @@ def _triton_backward(f, h, h0, reset, g):
 _forward = {"c": _c_forward, "torch": _torch_forward, "triton": _triton_forward}
 _backward = {"c": _c_backward, "torch": _torch_backward, "triton": _triton_backward}
 
-@torch.library.custom_op("sprout_lab::scan_forward", mutates_args=())
+@custom_op("scan_forward")
 def _scan_forward(f: Tensor, i: Tensor, h0: Tensor | None, reset: Tensor | None, backend: str) -> Tensor:
     return _forward[backend](f, i, h0, reset)
 
 @_scan_forward.register_fake
 def _(f, i, h0, reset, backend): return torch.empty_like(f)
 
-@torch.library.custom_op("sprout_lab::scan_backward", mutates_args=())
+@custom_op("scan_backward")
 def _scan_backward(f: Tensor, h: Tensor, h0: Tensor | None, reset: Tensor | None, g: Tensor, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     df, di, dh0 = _backward[backend](f, h, h0, reset, g)
     return df, di, f.new_empty(0) if dh0 is None else dh0

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .bitlinear import integer_matmul, quantize_activations, quantize_weight, rescale
-from .build import choose_backend, load_c, pointer, split_rows
+from .build import choose_backend, custom_op, load_c, pointer, split_rows
 
 try:
     import triton
@@ -129,7 +129,7 @@ def _matmul_triton(x, packed):
 
 _matmul = {"c": _matmul_c, "torch": _matmul_torch, "triton": _matmul_triton, "reference": ternary_matmul_reference}
 
-@torch.library.custom_op("sprout_lab::ternary_matmul", mutates_args=())
+@custom_op("ternary_matmul")
 def _matmul_op(x: Tensor, packed: Tensor, backend: str) -> Tensor: return _matmul[backend](x, packed)
 
 @_matmul_op.register_fake
