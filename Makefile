@@ -4,7 +4,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 RUN := runs/demo
-export PYTHONWARNINGS ?= default
 
 .PHONY: demo test slow lab docs bench export
 
@@ -34,7 +33,7 @@ export: $(READY)  ## notebooks → library, cleaned notebooks, README
 
 # torch first and from the constraints: a range alone would bring gigabytes of CUDA packages
 $(READY): constraints.txt settings.ini setup.py pyproject.toml
-	@echo "setting up $(VENV) (a minute or two) ..."
+	@echo "setting up $(VENV) (a few minutes the first time) ..."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"

@@ -394,7 +394,9 @@ def runs_delete(run, root, yes):
     "Delete runs; asks first."
     from sprout_lab.runs import delete_run, disk_use
     for folder in [_run_folder(name, root) for name in run]:
-        if not yes and not click.confirm(f"delete {folder} ({human(disk_use(folder))})?"): continue
+        if not yes and not click.confirm(f"delete {folder} ({human(disk_use(folder))})?"):
+            click.echo(f"kept {folder}")
+            continue
         click.echo(f"deleted {folder}, {human(delete_run(folder))} freed")
 
 @runs_group.command("disk")

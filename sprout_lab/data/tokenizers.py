@@ -59,6 +59,10 @@ class ByteTokenizer(PreTrainedTokenizer):
     @property
     def vocab_size(self) -> int: return 259 if self.masked else 256
 
+    def rules(self) -> list:
+        "What decides the ids, for `fingerprint`."
+        return ["bytes", self.masked]
+
     def get_vocab(self) -> dict[str, int]:
         "Token to id; byte b is the character with code point b."
         return {chr(i): i for i in range(254)} | self.added_tokens_encoder
@@ -133,6 +137,10 @@ class CharTokenizer(PreTrainedTokenizer):
 
     @property
     def vocab_size(self) -> int: return len(self.characters) + self.eos
+
+    def rules(self) -> list:
+        "What decides the ids, for `fingerprint`."
+        return ["characters", "".join(self.characters), self.eos]
 
     def get_vocab(self) -> dict[str, int]: return self._ids | self.added_tokens_encoder
     def _tokenize(self, text, **kwargs): return list(text)
@@ -629,9 +637,8 @@ register_tokenizers()
 # %% ../../nbs/data/tokenizers.ipynb #3ec832f1
 def fingerprint(tokenizer) -> str:
     "SHA-256 (64 hex digits) over a tokenizer's vocabulary and rules. Names of folders and settings that change no id are left out."
-    if isinstance(tokenizer, (Tokenizer, SentencePieceTokenizer)): return tokenizer.fingerprint()
-    if isinstance(tokenizer, ByteTokenizer): rules = ["bytes", tokenizer.masked]
-    elif isinstance(tokenizer, CharTokenizer): rules = ["characters", "".join(tokenizer.characters), tokenizer.eos]
+    if hasattr(tokenizer, "fingerprint"): return tokenizer.fingerprint()
+    if hasattr(tokenizer, "rules"): rules = tokenizer.rules()
     elif isinstance(tokenizer, PreTrainedTokenizerFast):
         same = Tokenizer.from_hf(tokenizer)
         if same is not None: return same.fingerprint()

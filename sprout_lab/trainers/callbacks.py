@@ -257,7 +257,9 @@ class Results(Callback):
             self.write_summary(trainer, trainer.stop_reason)
         if trainer.stop_reason.startswith("failed") or not trainer.accelerator.is_main_process: return
         finished = trainer.step >= trainer.total_steps
-        if finished: trainer.run.write_json(trainer.run.evaluation, {"checkpoint": f"step_{trainer.step}", "step": trainer.step, **trainer.evaluate()})
+        if finished:
+            trainer.say("evaluating on all of the held-out text")
+            trainer.run.write_json(trainer.run.evaluation, {"checkpoint": f"step_{trainer.step}", "step": trainer.step, **trainer.evaluate()})
         self.draw(trainer)
         if finished and trainer.config.output.sample_tokens: self.sample(trainer)
 
