@@ -9,6 +9,7 @@ __all__ = ['SUGGESTIONS', 'ESSENTIALS', 'round_numbers', 'control_for', 'set_con
 # %% ../../nbs/panels/panel.ipynb #aed39374
 import functools
 import html
+import json
 import math
 import threading
 import time
@@ -81,7 +82,7 @@ def set_control(spec: FieldSpec, control, value) -> None:
     elif isinstance(control, widgets.FloatLogSlider):
         control.min, control.max = min(control.min, math.floor(_log10(value))), max(control.max, math.ceil(_log10(value)))
     elif isinstance(control, (widgets.Text, widgets.Combobox)):
-        if spec.type is list: value = ", ".join(map(str, value))
+        if spec.type is list: value = ", ".join(value) if all(isinstance(v, str) for v in value) else json.dumps(value)   # words, or numbers in brackets
         value = "" if value is None else str(value).replace("\n", "\\n") if "\n" in str(spec.default) else str(value)
     control.value = value
 
@@ -92,6 +93,9 @@ def get_control(spec: FieldSpec, control):
     if isinstance(control, widgets.FloatSlider): return round(value, 6)
     if isinstance(control, widgets.SelectionSlider): return None if value == "none" else value
     if not isinstance(control, (widgets.Text, widgets.Combobox)): return value
+    if spec.type is list and value.strip().startswith("["):
+        try: return json.loads(value)
+        except ValueError: raise ConfigError(f"{spec.name}={value!r}: a list such as [96, 128] is needed") from None
     if spec.type is list: return [word.strip() for word in value.split(",") if word.strip()]
     if spec.type is str: return None if spec.optional and not value else value.replace("\\n", "\n") if "\n" in str(spec.default) else value
     if value.strip().lower() in ("", "none"): return None
