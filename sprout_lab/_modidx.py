@@ -74,6 +74,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'sprout_lab.configs._no_twins': ('configs.html#_no_twins', 'sprout_lab/configs.py'),
                                     'sprout_lab.configs._plain_type': ('configs.html#_plain_type', 'sprout_lab/configs.py'),
                                     'sprout_lab.configs._preset_folder': ('configs.html#_preset_folder', 'sprout_lab/configs.py'),
+                                    'sprout_lab.configs._safe_yaml': ('configs.html#_safe_yaml', 'sprout_lab/configs.py'),
                                     'sprout_lab.configs._value': ('configs.html#_value', 'sprout_lab/configs.py'),
                                     'sprout_lab.configs._with_source': ('configs.html#_with_source', 'sprout_lab/configs.py'),
                                     'sprout_lab.configs.aliases_table': ('configs.html#aliases_table', 'sprout_lab/configs.py'),

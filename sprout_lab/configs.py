@@ -305,6 +305,12 @@ class _StrictLoader(yaml.SafeLoader):
             seen.add((key.tag, key.value if isinstance(key.value, str) else id(key)))
         return super().construct_mapping(node, deep)
 
+def _safe_yaml(text: str):
+    "`yaml.safe_load`, but a key that stands twice is refused."
+    loader = _StrictLoader(text)
+    try: return loader.get_single_data()
+    finally: loader.dispose()
+
 def read_mapping(path) -> dict:
     "A YAML or JSON file as a dict. A missing, empty, unreadable or wrong file is a one-line `ConfigError`."
     path = user_path(path)
@@ -315,7 +321,7 @@ def read_mapping(path) -> dict:
     try: text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError: raise ConfigError(f"{path}: is not text; a configuration is a YAML or JSON file") from None
     except OSError as error: raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
-    try: content = json.loads(text, object_pairs_hook=_no_twins) if text.lstrip().startswith("{") else yaml.load(text, Loader=_StrictLoader)   # a SafeLoader
+    try: content = json.loads(text, object_pairs_hook=_no_twins) if text.lstrip().startswith("{") else _safe_yaml(text)
     except ConfigError as error: raise ConfigError(f"{path}: {error}") from None
     except json.JSONDecodeError as error: raise ConfigError(f"{path}: is not valid JSON (line {error.lineno}: {error.msg})") from None
     except yaml.YAMLError as error:

@@ -476,7 +476,7 @@ def test_the_command_answers_mistakes_in_one_line(corpus_run, options, says):
 def test_a_folder_without_a_loadable_model(tmp_path):
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "config.json").write_text('{"model_type": "sprout_nothing"}')
-    with pytest.raises(ConfigError, match="no causal model that can be loaded") as error: evaluate(tmp_path / "m")
+    with pytest.raises(ConfigError, match="no model that can be loaded") as error: evaluate(tmp_path / "m")
     assert "\n" not in str(error.value)
 
 
