@@ -243,6 +243,7 @@ def build(site: Path) -> None:
     from mkdocs.exceptions import Abort
     logging.basicConfig(format="%(levelname)s  %(message)s", level=logging.WARNING)
     file = root / "build" / "mkdocs.yml"
+    file.parent.mkdir(exist_ok=True)
     file.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     try: make(load_config(str(file), strict=True))
     except Abort as error: raise SystemExit(f"the documentation could not be built: {error}") from None

@@ -357,13 +357,15 @@ def mean_and_spread(values: list[float]) -> str:
 SPRINT = {"max_steps": 300, "batch_size": 12}
 
 def bench_quality(family, nanogpt=None, repeats: int = 5, loss: float = 1.886, sprint: dict = SPRINT, full: dict | None = None, peer_steps: int = 2000) -> list[Row]:
-    """CPU seconds to a validation `loss`, and the loss after nanoGPT's whole CPU time. Ours runs with as many seeds as there are `repeats`, three at most; nanoGPT's
-    recipe, whose time hardly depends on the seed, runs once. `sprint` and `full` are settings over the preset's."""
-    seeds = range(1, min(repeats, 3) + 1)
-    sprints = [train_ours(family, seed, **sprint) for seed in seeds]
-    peers = []
-    if nanogpt is not None: peers = [train_nanogpt(nanogpt, load_data(resolve(family.name, family.config_class, presets=["nanogpt_cpu"]).data), 1, peer_steps)]
-    return quality_rows(sprints, [train_ours(family, seed, **(full or {})) for seed in seeds], peers, loss)
+    """CPU seconds to a validation `loss`, and the loss after nanoGPT's whole CPU time. Both sides run with as many seeds as there are `repeats`, three at most, in
+    turn. `sprint` and `full` are settings over the preset's."""
+    data = load_data(resolve(family.name, family.config_class, presets=["nanogpt_cpu"]).data)
+    sprints, peers, fulls = [], [], []
+    for seed in range(1, min(repeats, 3) + 1):
+        sprints.append(train_ours(family, seed, **sprint))
+        if nanogpt is not None: peers.append(train_nanogpt(nanogpt, data, seed, peer_steps))
+        fulls.append(train_ours(family, seed, **(full or {})))
+    return quality_rows(sprints, fulls, peers, loss)
 
 def quality_rows(sprints: list, fulls: list, peers: list, loss: float = 1.886) -> list[Row]:
     "The rows of a quality benchmark from the curves of its runs, one per seed. Where nanoGPT ends above `loss`, its whole time counts."
