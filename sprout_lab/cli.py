@@ -146,22 +146,29 @@ def train_command(family) -> click.Command:
         for spec in settings_fields(cls, section):
             if spec.name not in seen: specs.append(spec); seen.add(spec.name)
 
-    def run(config, preset, size, objective, dry_run, **values):
+    def run(config, model_config, preset, size, objective, dry_run, debug_mode=False, **values):
         from sprout_lab.families import configure, make_trainer
+        if debug_mode:
+            if preset or size: raise ConfigError("debug_mode is the preset debug, and another preset is given; keep one of them")
+            preset = "debug"
         flags = given(values, specs)
+        if config and model_config: raise ConfigError("config and model_config are both given; keep one, and name the other as model: {config_file: …} in it")
+        config = config or model_config
         if objective: flags["objective"] = objective
         settings = configure(family.name if family else None, flags, config=config, preset=preset, size=size, say=click.echo)
         if dry_run: click.echo(settings.describe()); return
         trainer = make_trainer(settings, say=click.echo)
         from contextlib import nullcontext
         with trainer.run.lock() if trainer.accelerator.is_main_process else nullcontext(): trainer.train()
-        if trainer.accelerator.is_main_process: click.echo(f"curve: {trainer.run.results / 'bits_per_byte.png'}" if (trainer.run.results / "bits_per_byte.png").exists() else f"run: {trainer.run.folder}")
+        if trainer.accelerator.is_main_process: click.echo(next((f"curve: {trainer.run.results / name}" for name in ("bits_per_byte.png", "loss.png") if (trainer.run.results / name).exists()), f"run: {trainer.run.folder}"))
 
     own = [click.Option(["--config"], metavar="FILE", help="YAML or JSON configuration; a run's config.yaml is one."),
+           click.Option(["--model_config"], metavar="FILE", hidden=True),   # a guide's name for a file of the model alone
            click.Option(["--preset"], metavar="NAME", help=f"Shipped configuration: {', '.join(family.presets) if family else 'see sprout-lab families'}."),
            click.Option(["--size"], metavar="NAME", help="nano, mini, small or base (a preset of the same name) [nano]."),
            click.Option(["--objective"], metavar="NAME", help=f"What is learned: {', '.join(family.objectives) if family else 'the family decides'}."),
            click.Option(["--dry_run"], is_flag=True, help="Print every setting, and where it comes from; train nothing.")]
+    if family and "debug" in family.presets: own.append(click.Option(["--debug_mode"], is_flag=True, help="The preset debug: a minute on any machine."))
     summary = f"Train {family.title}. {family.summary}" if family else "Train what a configuration file says."
     return Sectioned(family.name if family else "train", params=[*own, *setting_options(specs)], callback=run, help=summary, context_settings=cli.context_settings)
 
@@ -176,10 +183,10 @@ def train():
 @click.option("--dataset_config", metavar="NAME", help="Configuration of a hub data set.")
 @click.option("--text_column", default="text", show_default=True, help="Column that holds the text.")
 @click.option("--output", "--output_dir", "output", metavar="DIR", required=True, help="Folder for train.bin, val.bin and the tokenizer.")
-@click.option("--tokenizer", default=None, help="byte, char, bpe, gpt2, or a tokenizer's folder or file [byte].")
+@click.option("--tokenizer", default=None, help="byte, char, bpe, wordpiece, gpt2, or a tokenizer's folder or file [byte].")
 @click.option("--vocab", metavar="FILE", help="vocab.json of a byte-level BPE tokenizer.")
 @click.option("--merges", metavar="FILE", help="merges.txt that belongs to it.")
-@click.option("--vocab_size", type=int, help="Size of a vocabulary to train (char below 256, bpe above).")
+@click.option("--vocab_size", type=int, help="Size of a vocabulary to train (char below 256, bpe or wordpiece above).")
 @click.option("--val_fraction", type=float, default=0.1, show_default=True, help="Share of the documents held out.")
 @click.option("--split_seed", type=int, default=0, show_default=True, help="Seed of the split.")
 @click.option("--max_samples", type=int, help="Use only the first so many documents.")
@@ -187,11 +194,12 @@ def train():
 @click.option("--format", "file_format", type=click.Choice(["bin", "npy", "ids"]), default="bin", show_default=True, help="bin: checked memory-mapped file; npy; ids: token ids as text.")
 @click.option("--num_workers", type=int, default=None, help="Processes that tokenize [all cores]; the result does not depend on it.")
 @click.option("--create_stats", is_flag=True, help="Write stats.json: counts, lengths, bytes per token.")
+@click.option("--overwrite", is_flag=True, help="Replace what a preparation with other settings left in the folder.")
 def prepare_command(**options):
     "Turn text into memory-mapped tokens: streaming, parallel, resumable."
     from sprout_lab.data.prepare import prepare_from_options
-    DataConfig(**{name: options[name] for name in ("val_fraction", "split_seed", "max_samples", "vocab_size")})   # the same bounds as in a run
-    options["output"] = str(user_path(options["output"]))
+    DataConfig(**{name: options[name] for name in ("val_fraction", "split_seed", "max_samples", "vocab_size", "num_workers") if options[name] is not None})   # the same bounds as in a run
+    options["output"] = str(user_path(options["output"])) if options["output"] else ""
     prepare_from_options(say=click.echo, **options)
 
 # %% ../nbs/cli.ipynb #f5b512e8
@@ -228,31 +236,40 @@ def evaluate_command(**options):
 @click.option("--interactive", is_flag=True, help="Type prompts; /quit, /temp X, /topk N, /topp X.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True)
 def generate_command(model_path, prompt, prompt_file, output_file, num_samples, interactive, device, **sampling):
-    "Continue a text: streams while it writes, whole characters only."
+    "Continue a text: streams while it writes, whole characters only. A masked model fills the gaps of a text instead: each [MASK] is one token."
+    from sprout_lab.data.masking import fills_gaps
     from sprout_lab.decoding.sampling import SamplingConfig, generate_text
     from sprout_lab.families import load_model
     from sprout_lab.trainers.trainer import device_of
     if sum((prompt is not None, prompt_file is not None, interactive)) > 1: raise ConfigError("prompt, prompt_file and interactive exclude one another; keep one of them")
-    config = SamplingConfig(**{**sampling, "stop": [text.replace("\\n", "\n").replace("\\t", "\t") for text in sampling["stop"]], "num_samples": num_samples})
+    config = SamplingConfig(**{**sampling, "stop": [_as_utf8(text, "stop").replace("\\n", "\n").replace("\\t", "\t") for text in sampling["stop"]], "num_samples": num_samples})
     if output_file and not user_path(output_file).resolve().parent.is_dir(): raise ConfigError(f"{output_file}: its folder does not exist; make it first")
     prompts = _prompts(prompt, prompt_file)
     model, tokenizer = load_model(model_path, say=lambda words: click.echo(words, err=True))
     if tokenizer is None: raise ConfigError(f"{model_path}: has no tokenizer, it was trained on bare ids and cannot write text")
-    if not hasattr(model, "make_cache"): raise ConfigError(f"{model_path}: is a {type(model).__name__}, not a model of the lab; use transformers' generate for it")
+    masked = fills_gaps(model)
+    if not masked and not hasattr(model, "make_cache"): raise ConfigError(f"{model_path}: is a {type(model).__name__}, not a model of the lab; use transformers' generate for it")
     model.to(device_of(device))
     if interactive: return talk(model, tokenizer, config)
-    if len(prompts) == 1 and num_samples == 1: texts = [_write(model, tokenizer, prompts[0], config)]
+    if masked and prompt is None and prompt_file is None: raise ConfigError(f"{model_path}: is a masked model and fills gaps; say --prompt \"To be, or [MASK]ot to be\", with [MASK] where a token is missing")
+    if masked: texts = [text for given in prompts for text in _fill(model, tokenizer, given, config)]
+    elif len(prompts) == 1 and num_samples == 1: texts = [_write(model, tokenizer, prompts[0], config)]
     else:
         texts = generate_text(model, tokenizer, prompts, config)
         for number, text in enumerate(texts):
             click.echo(f"--- {number + 1} of {len(texts)}" if len(texts) > 1 else "", nl=len(texts) > 1)
             click.echo(prompts[number // num_samples] + text)
     if output_file:
-        whole = [prompts[number // num_samples] + text for number, text in enumerate(texts)]
+        whole = texts if masked else [prompts[number // num_samples] + text for number, text in enumerate(texts)]
         user_path(output_file).write_text("\n---\n".join(whole) + "\n", encoding="utf-8")
 
+def _as_utf8(text: str, name: str) -> str:
+    "Text from the command line or the keyboard; bytes that the locale could not read (LC_ALL=C) are UTF-8."
+    try: return text.encode("utf-8", "surrogateescape").decode("utf-8")
+    except UnicodeError: raise ConfigError(f"{name}: is not UTF-8 text; convert it, or write it into a UTF-8 file for --prompt_file") from None
+
 def _prompts(prompt, prompt_file) -> list[str]:
-    if prompt_file is None: return ["\n" if prompt is None else prompt]
+    if prompt_file is None: return ["\n" if prompt is None else _as_utf8(prompt, "prompt")]
     try: lines = user_path(prompt_file).read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError: raise ConfigError(f"{prompt_file}: is not text; one prompt per line is needed") from None
     except FileNotFoundError: raise ConfigError(f"{prompt_file}: no such file; one prompt per line is needed") from None
@@ -271,8 +288,20 @@ def _write(model, tokenizer, prompt, config) -> str:
     click.echo()
     return text
 
+def _fill(model, tokenizer, prompt, config) -> list[str]:
+    "Fill the gaps of a text, as often as asked, and print what stands there now: its guesses at temperature 0 are always the same."
+    from sprout_lab.decoding.filling import fill_masks
+    texts = []
+    for number in range(config.num_samples):
+        filled = fill_masks(model, tokenizer, prompt, temperature=config.temperature, seed=None if config.seed is None else config.seed + number)
+        click.echo(filled.marked)
+        texts.append(filled.text)
+    return texts
+
 def talk(model, tokenizer, config, read=None) -> None:
     "The interactive loop: a line is a prompt, a line that begins with / is a command. A mistake is one line, and the talk goes on."
+    from sprout_lab.data.masking import fills_gaps
+    answer = _fill if fills_gaps(model) else _write
     read = read or (lambda: input("> "))
     names = {"/temp": "temperature", "/topk": "top_k", "/topp": "top_p", "/tokens": "max_tokens", "/penalty": "repetition_penalty", "/seed": "seed"}
     click.echo(f"/quit ends; {', '.join(f'{c} X' for c in names)} change how it writes")
@@ -286,7 +315,7 @@ def talk(model, tokenizer, config, read=None) -> None:
                 setattr(config, names[command], value.strip())
                 click.echo(f"{names[command]} is {getattr(config, names[command])}")
             elif command.startswith("/"): raise ConfigError(f"{command}: no such command{nearest(command, ['/quit', *names])}; /quit, {', '.join(names)}")
-            elif line.strip(): _write(model, tokenizer, line, config)
+            elif line.strip(): answer(model, tokenizer, _as_utf8(line, "the prompt"), config)
         except ConfigError as error: click.echo(str(error))
 
 # %% ../nbs/cli.ipynb #a9d38d9e
@@ -411,14 +440,19 @@ def runs_disk(root):
 # %% ../nbs/cli.ipynb #826a7fbf
 @cli.command("bench")
 @click.argument("family", default="transformer")
-@click.option("--nanogpt", metavar="DIR", help="A clone of nanoGPT, to measure beside ours.")
-@click.option("--only", multiple=True, metavar="PART", help="Only these parts: training, decoding, tokenizer, quality.")
+@click.option("--nanogpt", metavar="DIR", help="A clone of nanoGPT, to measure beside the transformer.")
+@click.option("--simplified_slm", metavar="DIR", help="A clone of simplified_slm, to measure beside slm and hnet.")
+@click.option("--only", multiple=True, metavar="PART", help="Only these parts. transformer: training, decoding, tokenizer, quality; slm, hnet: scan (slm), training, generation, memory.")
 @click.option("--repeats", type=click.IntRange(1), default=5, show_default=True, help="Alternating repeats of each measurement.")
 @click.option("--output", metavar="FILE", help="Write the table as JSON too.")
-def bench_command(family, nanogpt, only, repeats, output):
-    "Ratios against named peers, side by side in one run, in CPU time."
-    from sprout_lab.evaluation.benchmarks import bench
+def bench_command(family, nanogpt, simplified_slm, only, repeats, output):
+    "Ratios of a family (transformer, slm or hnet) against named peers, side by side in one run, in CPU time."
     from sprout_lab.families import get_family
+    if family in ("slm", "hnet"):
+        from sprout_lab.evaluation.recurrent_benchmarks import bench_recurrent
+        bench_recurrent(get_family(family), simplified_slm=simplified_slm, only=only, repeats=repeats, output=output, say=click.echo)
+        return
+    from sprout_lab.evaluation.benchmarks import bench
     bench(get_family(family), nanogpt=nanogpt, only=only, repeats=repeats, output=output, say=click.echo)
 
 @cli.command("doctor")

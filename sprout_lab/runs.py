@@ -201,7 +201,10 @@ def find_checkpoint(path, *, prefer: str = "best", say=print) -> Path:
     """The folder of a whole checkpoint for a run, a checkpoint, or one of the guides' names. `prefer` is best or latest, for a run's folder.
     A damaged one is reported through `say` and the newest whole one before it is used. Raises `ConfigError` when there is none."""
     path = user_path(path)
-    if path.suffix in (".pt", ".pth", ".ckpt") and not path.is_file(): path = path.with_suffix("")
+    if path.suffix in (".pt", ".pth", ".ckpt") and not path.is_file():
+        path = path.with_suffix("")
+        named = re.search(r"_(step_\d+|best|latest)$", path.name)   # a guide's sprout_mlm_best.pt
+        if named and not path.exists(): path = path.with_name(named[1])
     if path.is_file():
         raise ConfigError(f"{path}: is a file; a checkpoint is a folder of safetensors and JSON, and nothing is ever unpickled")
     if not path.exists():

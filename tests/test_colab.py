@@ -183,3 +183,25 @@ def test_top_to_bottom_as_in_colab_and_on_after_a_kill_elsewhere(clean):
     assert steps(second) == steps(run) and [row[0] for row in steps(second)] == [str(s) for s in range(5, 41, 5)]
     assert (second / "checkpoints/step_40/model.safetensors").read_bytes() == (run / "checkpoints/step_40/model.safetensors").read_bytes()
     assert len((home / "asked").read_text().splitlines()) == 2, "outside Colab nothing is mounted and nothing downloaded"
+
+
+def test_a_tree_killed_while_it_grows_goes_on_as_the_same_tree(clean):
+    "The same for the family whose model changes its shape: two runs of its notebook, one killed in the middle of the growth."
+    from nbclient.exceptions import DeadKernelError
+    home, name = clean.home, "sprout-nano-shakespeare"
+    if not next((home / "venv").glob("lib/python*/site-packages/sprout_lab"), None):   # the first test installs it
+        subprocess.run([sys.executable, "-m", "pip", "--python", home / "venv/bin/python", "install", "-q", "--no-deps", "--no-build-isolation", home / "checkout"], check=True)
+    said = clean(read("sprout"), "elsewhere", home / "whole")
+    whole, torn = home / "whole/runs" / name, home / "torn/runs" / name
+    assert "Node limit reached: 5/5 nodes" in said and "finished at step 40" in said and "nats per hidden token" in said
+    assert (whole / "results/growth.html").is_file() and (whole / "results/growth.gif").read_bytes()[:4] == b"GIF8"
+    log = torn / "logs/tree_log.csv"
+    with pytest.raises(DeadKernelError):   # after the first growth (step 8) and before the last one (step 32)
+        clean(read("sprout"), "elsewhere", home / "torn", kill_when=lambda: (torn / "checkpoints/step_10").exists() and log.exists() and "\n15," in log.read_text())
+    assert not (torn / "checkpoints/step_30").exists()
+    said = clean(read("sprout"), "elsewhere", home / "torn")
+    assert re.search(r"resumed from step_\d0", said) and "finished at step 40" in said
+    assert steps(torn) == steps(whole) and log.read_text() == (whole / "logs/tree_log.csv").read_text()
+    assert (torn / "checkpoints/step_40/model.safetensors").read_bytes() == (whole / "checkpoints/step_40/model.safetensors").read_bytes()
+    tree = json.loads((torn / "checkpoints/step_40/config.json").read_text())
+    assert len(tree["tree"]) == 5 and tree == json.loads((whole / "checkpoints/step_40/config.json").read_text())

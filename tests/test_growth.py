@@ -28,14 +28,6 @@ class Text:
     def __getitem__(self, index): return self.ids[index]
 
 
-class TreeTrainer(Trainer):
-    "Tells its tree's callback before it loads a checkpoint (twice does no harm)."
-    def load_state(self, folder):
-        for callback in self.callbacks:
-            if isinstance(callback, Growth): callback.on_load(self, folder)
-        super().load_state(folder)
-
-
 def trainer(folder, growth=None, extra=(), said=None, causal=False, model=(), **training):
     tokenizer = ByteTokenizer(masked=True)
     data = SimpleNamespace(train=Text("train"), validation=Text("validation"), tokenizer=tokenizer, name="shakespeare")
@@ -47,7 +39,7 @@ def trainer(folder, growth=None, extra=(), said=None, causal=False, model=(), **
     masked = {} if causal else dict(batches=MaskedBatches(data.train, tokenizer, 4, 32, seed=42),
                                     windows=lambda limit: MaskedWindows(data.validation, tokenizer, 32, 4, max_batches=limit or 4))
     said = [] if said is None else said
-    return TreeTrainer((SproutForCausalLM if causal else SproutForMaskedLM)(config), data, run, say=said.append, extra_callbacks=[growth or Growth(), *extra], **masked)
+    return Trainer((SproutForCausalLM if causal else SproutForMaskedLM)(config), data, run, say=said.append, extra_callbacks=[growth or Growth(), *extra], **masked)
 
 
 def state(one): return {name: value.clone() for name, value in one.model.state_dict().items()}

@@ -7,8 +7,8 @@ import torch
 
 from sprout_lab.configs import ConfigError
 from sprout_lab.data.masking import (
-    MaskedBatches, MaskedWindows, MaskingRules, mask_tokens, pseudo_log_likelihood, train_wordpiece, wordpiece_from_vocabulary)
-from sprout_lab.data.tokenizers import ByteTokenizer, CharTokenizer
+    MaskedBatches, MaskedWindows, MaskingRules, mask_tokens, pseudo_log_likelihood)
+from sprout_lab.data.tokenizers import ByteTokenizer, CharTokenizer, load_tokenizer, train_wordpiece
 
 TEXT = ("It was the best of times, it was the worst of times; naïve façade, 狐!\n" * 60)
 BYTES = ByteTokenizer(masked=True)
@@ -129,14 +129,14 @@ def test_wordpiece_saves_and_loads(wordpiece, tmp_path):
 
 
 def test_the_published_vocabulary(lab_data):
-    bert = wordpiece_from_vocabulary(lab_data("bert-base-uncased/vocab.txt"))
+    bert = load_tokenizer(str(lab_data("bert-base-uncased/vocab.txt")))
     assert len(bert) == 30522 and bert.mask_token_id == 103
     assert bert.tokenize("The quick brown fox, unaffable") == ["the", "quick", "brown", "fox", ",", "una", "##ffa", "##ble"]
 
 
 def test_wrong_input_is_one_line(tmp_path):
     (tmp_path / "vocab.txt").write_text("a\nb\n")
-    for call in (lambda: MaskingRules(ByteTokenizer()), lambda: MaskingRules(CharTokenizer("abc")), lambda: train_wordpiece("a b", 3), lambda: wordpiece_from_vocabulary(tmp_path / "vocab.txt"),
-                 lambda: wordpiece_from_vocabulary(tmp_path / "none.txt"), lambda: pseudo_log_likelihood(None, BYTES, ""), lambda: MaskedBatches(np.arange(5), BYTES, 2, 64)):
+    for call in (lambda: MaskingRules(ByteTokenizer()), lambda: MaskingRules(CharTokenizer("abc")), lambda: train_wordpiece("a b", 3),
+                 lambda: pseudo_log_likelihood(None, BYTES, ""), lambda: MaskedBatches(np.arange(5), BYTES, 2, 64)):
         with pytest.raises(ConfigError) as caught: call()
         assert "\n" not in str(caught.value)

@@ -109,7 +109,7 @@ settings = {name: value for name, value in settings.items() if value or name == 
 if os.environ.get("SPROUT_LAB_QUICK") == "1":
     size = "{{cpu_size}}"
     settings |= {"max_steps": 40, "warmup_steps": 5, "batch_size": 4, "sequence_length": 64, "eval_interval": 20, "eval_batches": 2,
-                 "save_interval": 10, "log_interval": 5, "sample_tokens": 20, "device": "cpu", "mixed_precision": "no"}
+                 "save_interval": 10, "log_interval": 5, "sample_tokens": 20, "device": "cpu", "mixed_precision": "no"{{quick}}}
 
 RUN = RUNS / (RUN_NAME or f"{{name}}-{size}-{Path(CORPUS).stem}")
 run = configure("{{name}}", {**settings, "output_dir": str(RUN), "resume_from": "auto"}, size=size)   # auto: continue what is there, or begin
@@ -195,9 +195,117 @@ if SHOW_PLAYGROUND:
 """),
         ],
     },
+    "masked": {
+        "measure": [
+            words("""
+## How good is it?
+The best checkpoint, on all of the text that was held out. It guesses hidden tokens and sees both sides of each, which is an easier question than what comes next: its loss is no bits per byte and is
+compared with other masked models only. The last line hides every token of a short text alone.
+"""),
+            code("""
+from sprout_lab.data.masking import pseudo_log_likelihood
+from sprout_lab.evaluation.evaluator import Evaluator
+from sprout_lab.families import load_model
+
+model, tokenizer = load_model(RUN)   # the best checkpoint, an ordinary Hugging Face model
+model.to(trainer.accelerator.device)
+score = Evaluator(model, tokenizer, {"sequence_length": run.data.sequence_length}).evaluate(trainer.data.validation)
+print(f"{score['loss']:.3f} nats per hidden token; the right token is the likeliest one in {score['accuracy']:.1%} of all cases, among the likeliest five in {score['top5_accuracy']:.1%}")
+few = tokenizer.decode([int(i) for i in trainer.data.validation[:256]])
+print(f"{pseudo_log_likelihood(model, tokenizer, few)['pseudo_bits_per_byte']:.3f} pseudo bits per byte on the first 256 tokens of it")
+"""),
+        ],
+        "use": [
+            words("""
+## It fills gaps
+Write `[MASK]` where a token is missing: with bytes each is one letter. Its guesses stand in brackets.
+"""),
+            form("""
+#@title Fill
+TEXT = "To be, or [MASK][MASK][MASK] to be: [MASK]hat is the question."  #@param {type:"string"}
+
+from sprout_lab.decoding.filling import fill_masks
+
+filled = fill_masks(model, tokenizer, TEXT)
+print(filled.marked)
+for likely in filled.alternatives: print("   ".join(f"{text!r} {p:.0%}" for text, p in likely))
+"""),
+            words("""
+## Ask a text where it went
+Type a sentence: the path that it takes, how well each child suited it, and what a node's attention did.
+"""),
+            form("""
+#@title Ask
+SENTENCE = "O Romeo, Romeo! wherefore art thou Romeo?"  #@param {type:"string"}
+
+from sprout_lab.panels import ask
+
+ask(model, tokenizer, SENTENCE)
+"""),
+        ],
+    },
 }
 
 PICTURES = {
+    "tree": [
+        words("""
+### The tree
+Nodes are as large as they were used, edges as thick as their traffic, colours tell the depth.
+"""),
+        code("""
+from sprout_lab.visualizers.tree import plot_tree
+
+model.visualize_structure()
+plot_tree(model.config.parents, model.tree.usage())
+"""),
+    ],
+    "growth": [
+        words("""
+### How it grew
+Step by step: move the slider, or press play. The same is written into the run as a page of its own and as an animated GIF.
+"""),
+        code("""
+from sprout_lab.panels import replay
+
+replay(RUN, html_file=RUN / "results/growth.html", gif_file=RUN / "results/growth.gif")
+"""),
+    ],
+    "compatibility": [
+        words("""
+### What its routers think
+For pieces of text that it has not seen (down), how well each child suits them (across); the dot is the child that was chosen. Columns that are the same in every row belong to a router that does not look.
+"""),
+        code("""
+from sprout_lab.visualizers.tree import plot_compatibility
+
+length = run.data.sequence_length
+pieces = torch.tensor([[int(i) for i in trainer.data.validation[start:start + length]] for start in range(0, 12 * length, length)], device=model.device)
+with torch.no_grad(): log = model(input_ids=pieces, log_paths=True).path_log
+if len(model.tree.nodes) > 1: display(plot_compatibility(log.compatibilities(), len(pieces), model.config.parents, names=[tokenizer.decode(row.tolist()) for row in pieces]))
+else: print("the tree is its root alone, and has no router yet; train it for longer")
+"""),
+    ],
+    "destinations": [
+        words("""
+### Which texts go where
+Three kinds of text: what it was trained on, another book, and its own text with the letters shuffled. Do they end at different nodes?
+"""),
+        code("""
+import random
+from sprout_lab.data.corpora import load_corpus
+from sprout_lab.visualizers.tree import plot_destinations
+
+shuffled = list(held_out)
+random.Random(0).shuffle(shuffled)
+other = next(iter(load_corpus("tales" if CORPUS == "shakespeare" else "shakespeare").documents("validation")))[:2000]
+kinds, rows = [], []
+for kind, text in (("held-out text", held_out), ("another book", other), ("letters shuffled", "".join(shuffled))):
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    for start in range(0, len(ids) - 64, 64): kinds.append(kind), rows.append(ids[start:start + 64])
+with torch.no_grad(): log = model(input_ids=torch.tensor(rows, device=model.device), log_paths=True).path_log
+plot_destinations(log.paths().numpy(), kinds)
+"""),
+    ],
     "attention": [
         words("""
 ### What the attention looks at
@@ -328,7 +436,8 @@ def facts(name: str) -> dict[str, str]:
     prompt = {"shakespeare": "ROMEO:", "tales": "Once upon a time"}.get(family.default_data, "The ")
     return {**where, "name": name, "title": family.title, "summary": family.summary, "data": family.default_data, "prompt": prompt,
             "gpu_size": sizes[min(1, len(sizes) - 1)], "cpu_size": sizes[0], "size_menu": json.dumps(["auto", *sizes]), "corpus_menu": json.dumps(list(corpora)),
-            "corpora": " or ".join(f"`{corpus}`" for corpus in corpora), "links": "\n".join(links)}
+            "corpora": " or ".join(f"`{corpus}`" for corpus in corpora), "links": "\n".join(links),
+            "quick": ', "growth_warmup": 8, "growth_interval": 8' if "growth_warmup" in family.config_class.settings.model_fields else ""}
 
 
 def cells_of(name: str) -> list[Cell]:

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from ..configs import ConfigError, Settings, setting
 from ..data.batches import Windows
+from ..data.masking import MaskedWindows, fills_gaps
 from ..data.tokenizers import ByteTokenizer, encode_array
 from ..decoding.sampling import SamplingConfig, generate_text
 from .metrics import distinct_n, evaluate_sums, invalid_bytes, summarize, utf8_validity
@@ -164,6 +164,11 @@ class Evaluator:
         flat = {**facts, **self.results.get("evaluation", {})}
         return write_results(path, flat | {k: v for k, v in self.results.items() if k != "evaluation"} | {"settings": self.config.model_dump()})
 
+    @property
+    def gap_rules(self) -> tuple[float, bool]:
+        "What a masked model was trained on: the share of hidden tokens, and whether whole words were hidden."
+        return self.model.config.mask_prob, self.model.config.whole_word_masking
+
     def _windows(self, data):
         "Anything that `evaluate` takes, as batches."
         limit = getattr(getattr(self.model, "config", None), "max_position_embeddings", None)
@@ -173,10 +178,12 @@ class Evaluator:
         if isinstance(data, torch.Tensor): data = data.cpu().numpy()
         if hasattr(data, "bytes_per_token") or (hasattr(data, "dtype") and getattr(data, "ndim", 0) == 1):
             if limit and length > limit: raise ConfigError(f"sequence_length={length} is above the model's max_position_embeddings={limit}; shorten the windows")
+            if fills_gaps(self.model): return MaskedWindows(data, self.tokenizer, length, self.config.batch_size, self.config.max_batches, *self.gap_rules)
             return Windows(data, length, self.config.batch_size, self.config.max_batches)
         return data
 
     def _score(self, model, tokenizer, windows, bytes_per_token) -> dict:
+        if isinstance(windows, MaskedWindows): return summarize(evaluate_sums(model, windows, autocast=self.config.mixed_precision, progress=self.progress), None)
         bytes_per_token = bytes_per_token or getattr(getattr(windows, "tokens", None), "bytes_per_token", None)
         counted = []
         count = None if bytes_per_token or tokenizer is None else lambda targets: counted.append(count_bytes(tokenizer, targets))
@@ -192,7 +199,7 @@ class _EncodedText:
     def __len__(self): return len(self.tokens)
 
 def load_model(path):
-    """The causal model of a run, a checkpoint folder, or a guide's name for one. Its family has to be known to the Auto classes; importing
+    """The model of a run, a checkpoint folder, or a guide's name for one. Its family has to be known to the Auto classes; importing
     `sprout_lab.families` makes all of ours known."""
     folder = find_checkpoint(path)
-    return load_pretrained(folder, AutoModelForCausalLM)
+    return load_pretrained(folder)

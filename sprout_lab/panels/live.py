@@ -17,7 +17,8 @@ from ..evaluation.metrics import held_out_baselines
 from ..runs import read_log
 from ..trainers.callbacks import Callback, Console
 from ..visualizers.curves import plot_bits_per_byte
-from ..visualizers.style import Figure
+from ..visualizers.style import Figure, new_figure
+from ..visualizers.tree import plot_tree
 
 # %% ../../nbs/panels/live.ipynb #265adf4f
 def time_words(seconds: float) -> str:
@@ -102,12 +103,14 @@ class Live(Callback):
         self.baselines, self.where = baselines, where
         self.put_table, self.put_figure = put_table, put_figure
         self.table_throttle, self.figure_throttle = Throttle(interval), Throttle(interval)
-        self.train, self.validation, self.facts, self.handles, self.drawn = [], [], {"step": 0, "total_steps": 0}, None, 0
+        self.train, self.validation, self.facts, self.handles, self.drawn, self.tree = [], [], {"step": 0, "total_steps": 0}, None, 0, None
 
     # ---- what the trainer tells
-    def on_start(self, trainer):
+    def on_prepare(self, trainer):
         if self.where is None: self.where = "notebook" if self.put_table or self.put_figure else surroundings()
         if self.where != "terminal": trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, Console)]
+
+    def on_start(self, trainer):
         self.prints = self.where == "terminal" and not any(isinstance(c, Console) for c in trainer.callbacks)
         self.name = trainer.config.family
         if self.baselines is None and self.where == "notebook": self.baselines = held_out_baselines(trainer.data)
@@ -154,7 +157,8 @@ class Live(Callback):
         if self.handles is None and not (self.put_table or self.put_figure): self._ipython_display_()
         self._send_table()
         self.table_throttle.done(began)
-        known = len(self.train) + len(self.validation)
+        if hasattr(trainer.model, "tree"): self.tree = [node.parent for node in trainer.model.tree.nodes], trainer.model.tree.usage()
+        known = len(self.train) + len(self.validation) + len(self.tree[0] if self.tree else ())
         if not always and (known == self.drawn or not self.figure_throttle.ready()): return
         began, self.drawn = time.monotonic(), known
         self._send_figure()
@@ -164,7 +168,11 @@ class Live(Callback):
         "The curve so far."
         metric = "bits_per_byte" if any(r.get("bits_per_byte") is not None for r in [*self.train, *self.validation]) or not (self.train or self.validation) else "loss"
         logs = {part: rows for part, rows in (("train", self.train), ("validation", self.validation)) if any(r.get(metric) is not None for r in rows)}
-        return plot_bits_per_byte({getattr(self, "name", ""): logs or {"train": []}}, baselines=self.baselines if metric == "bits_per_byte" else None, metric=metric)
+        curve = None
+        if self.tree:   # a tree that grows, beside its curve
+            _, (curve, tree) = new_figure(10.5, 3.8, columns=2, width_ratios=[1.7, 1])
+            plot_tree(*self.tree, ax=tree)
+        return plot_bits_per_byte({getattr(self, "name", ""): logs or {"train": []}}, baselines=self.baselines if metric == "bits_per_byte" else None, metric=metric, ax=curve)
 
     def table(self) -> str:
         "The table so far, as HTML."

@@ -19,11 +19,12 @@ from IPython.display import display
 
 from ..configs import ConfigError, FieldSpec, RunConfig, canonical, nearest, sections, settings_fields
 from ..data.corpora import corpora
+from ..data.masking import MaskedBatches
 from ..decoding.sampling import stream_text
 from ..families import configure, get_family, make_trainer
 from .live import Live, Throttle
 from ..runs import Run
-from ..trainers.callbacks import Callback, Console, Evaluate, Results, RolledBack, due
+from ..trainers.callbacks import Callback, Console, Evaluate, Results, RolledBack, due, held_out_filling
 
 # %% ../../nbs/panels/panel.ipynb #8d9d2e22
 def round_numbers(low: float, high: float, decimal: bool = False) -> list[int]:
@@ -34,7 +35,7 @@ def round_numbers(low: float, high: float, decimal: bool = False) -> list[int]:
     return sorted(n for n in grid if low <= n <= high)
 
 # %% ../../nbs/panels/panel.ipynb #378c258f
-SUGGESTIONS = {"dataset_name": tuple(corpora), "tokenizer": ("auto", "byte", "char", "bpe", "gpt2")}
+SUGGESTIONS = {"dataset_name": tuple(corpora), "tokenizer": ("auto", "byte", "char", "bpe", "wordpiece", "gpt2")}
 _FULL = widgets.Layout(width="auto", min_width="0")
 
 def control_for(spec: FieldSpec) -> widgets.Widget:
@@ -82,7 +83,8 @@ def set_control(spec: FieldSpec, control, value) -> None:
     elif isinstance(control, widgets.FloatLogSlider):
         control.min, control.max = min(control.min, math.floor(_log10(value))), max(control.max, math.ceil(_log10(value)))
     elif isinstance(control, (widgets.Text, widgets.Combobox)):
-        if spec.type is list: value = ", ".join(value) if all(isinstance(v, str) for v in value) else json.dumps(value)   # words, or numbers in brackets
+        if spec.type is dict and value is not None: value = json.dumps(value)
+        if spec.type is list and value is not None: value = ", ".join(value) if all(isinstance(v, str) for v in value) else json.dumps(value)   # words, or numbers in brackets
         value = "" if value is None else str(value).replace("\n", "\\n") if "\n" in str(spec.default) else str(value)
     control.value = value
 
@@ -93,9 +95,10 @@ def get_control(spec: FieldSpec, control):
     if isinstance(control, widgets.FloatSlider): return round(value, 6)
     if isinstance(control, widgets.SelectionSlider): return None if value == "none" else value
     if not isinstance(control, (widgets.Text, widgets.Combobox)): return value
-    if spec.type is list and value.strip().startswith("["):
+    if spec.type in (list, dict) and spec.optional and not value.strip(): return None
+    if spec.type is dict or spec.type is list and value.strip().startswith("["):
         try: return json.loads(value)
-        except ValueError: raise ConfigError(f"{spec.name}={value!r}: a list such as [96, 128] is needed") from None
+        except ValueError: raise ConfigError(f"{spec.name}={value!r}: {'a list such as [96, 128]' if spec.type is list else 'JSON such as {}'} is needed") from None
     if spec.type is list: return [word.strip() for word in value.split(",") if word.strip()]
     if spec.type is str: return None if spec.optional and not value else value.replace("\\n", "\n") if "\n" in str(spec.default) else value
     if value.strip().lower() in ("", "none"): return None
@@ -110,6 +113,7 @@ class Samples(Callback):
         self.put, self.asked, self.tokens, self.settings = put, asked, tokens, {"temperature": temperature, "top_k": top_k}
 
     def on_evaluate(self, trainer, row):
+        if isinstance(trainer.batches, MaskedBatches): return self.put(trainer.step, held_out_filling(trainer, self.tokens).marked)
         if trainer.tokenizer is None or not hasattr(trainer.model, "make_cache"): return   # not a model that continues a text
         prompt = trainer.config.output.sample_prompt
         limit = getattr(trainer.model.config, "max_position_embeddings", None) or 2**31
@@ -157,7 +161,7 @@ def one_at_a_time(method):
 
 # %% ../../nbs/panels/panel.ipynb #07b47478
 ESSENTIALS = ("dataset_name", "hidden_size", "num_hidden_layers", "num_attention_heads", "sequence_length", "batch_size", "max_steps", "learning_rate")
-_FROM_ELSEWHERE = ("resume_from", "bos_token_id", "eos_token_id", "pad_token_id", "use_cache")   # buttons and tokenizers decide these
+_FROM_ELSEWHERE = ("resume_from", "bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "tree", "history", "growth_state")   # buttons, tokenizers and growth decide these
 _GROUPS = {"model": "Model", "data": "Data", "training": "Training", "output": "Output"}
 
 def setting_label(spec: FieldSpec) -> widgets.HTML:

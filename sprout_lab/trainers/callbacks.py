@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Callback', 'RolledBack', 'due', 'NaNGuard', 'Logs', 'trackers_of', 'start_trackers', 'Evaluate', 'EarlyStopping',
-           'Save', 'TimeBudget', 'StopOnSignal', 'Console', 'Results', 'default_callbacks']
+           'Save', 'TimeBudget', 'StopOnSignal', 'Console', 'held_out_filling', 'Results', 'default_callbacks']
 
 # %% ../../nbs/trainers/callbacks.ipynb #947d565d
 import contextlib
@@ -19,6 +19,7 @@ import time
 from safetensors import SafetensorError
 
 from ..configs import ConfigError, RunConfig
+from ..data.masking import MaskedBatches
 from ..evaluation.metrics import held_out_baselines
 from ..runs import CsvLog, EVAL_COLUMNS, TRAINING_COLUMNS, read_log
 
@@ -26,6 +27,7 @@ from ..runs import CsvLog, EVAL_COLUMNS, TRAINING_COLUMNS, read_log
 class Callback:
     "Listens to a trainer. Override what you need; each method gets the trainer, whose attributes say the rest."
     def on_load(self, trainer, folder): "Before a checkpoint's weights are loaded; a model that has grown takes its shape again."
+    def on_prepare(self, trainer): "Before any `on_start`: to rearrange the trainer's callbacks."
     def on_start(self, trainer): "Before the first step; a resumed run has its state already."
     def on_step(self, trainer): "After an optimizer step; `trainer.step` counts it."
     def on_log(self, trainer, row: dict): "A row was added to the training log."
@@ -233,13 +235,19 @@ class Console(Callback):
 
     def on_evaluate(self, trainer, row):
         left = (trainer.total_steps - trainer.step) * (trainer.elapsed / trainer.step) if trainer.step else None
-        score = f"{row['bits_per_byte']:.4f} bits per byte" if row.get("bits_per_byte") is not None else f"{row['loss']:.4f} nats per token"
+        score = f"{row['bits_per_byte']:.4f} bits per byte" if row.get("bits_per_byte") is not None else f"{row['loss']:.4f} nats per token, {row['accuracy']:.1%} right"
         best = " (best)" if trainer.best_step == trainer.step else ""
         trainer.say(f"step {trainer.step:>6,}/{trainer.total_steps:,}  {score}  {trainer.elapsed:>6.0f} s" + (f", {left:.0f} s left" if left and trainer.step < trainer.total_steps else "") + best)
 
     def on_end(self, trainer):
         if not trainer.stop_reason.startswith("failed"):
             trainer.say(f"{trainer.stop_reason} at step {trainer.step:,}" + ("" if trainer.step >= trainer.total_steps else f"; continue with --resume_from {trainer.run.folder}"))
+
+def held_out_filling(trainer, tokens: int):
+    "What a masked model makes of the beginning of the held-out text: the `Filling` of its first `tokens` with gaps, no longer than it was trained on."
+    from sprout_lab.decoding.filling import fill_sample
+    ids = trainer.data.validation[:min(tokens, trainer.config.data.sequence_length)]
+    return fill_sample(trainer.model, trainer.tokenizer, ids, trainer.batches.mask_prob, trainer.batches.whole_words, trainer.training.seed)
 
 class Results(Callback):
     "The summary, the evaluation of the whole held-out text, the curve and a sample, written when a run ends."
@@ -266,16 +274,18 @@ class Results(Callback):
     def draw(self, trainer):
         from sprout_lab.visualizers.curves import plot_bits_per_byte
         train, validation = read_log(trainer.run.training_log), read_log(trainer.run.eval_log)
-        if not validation.get("bits_per_byte") or validation["bits_per_byte"][0] is None: return
-        figure = plot_bits_per_byte({trainer.config.family: {"train": train, "validation": validation}}, baselines=held_out_baselines(trainer.data))
+        metric = "bits_per_byte" if trainer.in_bytes else "loss"
+        if not validation.get(metric) or validation[metric][0] is None: return
+        figure = plot_bits_per_byte({trainer.config.family: {"train": train, "validation": validation}}, baselines=held_out_baselines(trainer.data) if trainer.in_bytes else None, metric=metric)
         trainer.run.results.mkdir(parents=True, exist_ok=True)
-        figure.savefig(trainer.run.results / "bits_per_byte.png", dpi=150, bbox_inches="tight")
+        figure.savefig(trainer.run.results / f"{metric}.png", dpi=150, bbox_inches="tight")
 
     def sample(self, trainer):
         from sprout_lab.decoding.sampling import generate_text
-        if not hasattr(trainer.model, "make_cache"): return   # not a model that continues a text
         out = trainer.config.output
-        text, = generate_text(trainer.model, trainer.tokenizer, [out.sample_prompt], max_tokens=min(out.sample_tokens, (getattr(trainer.model.config, "max_position_embeddings", None) or 2**31) - 64), temperature=0.8, top_k=50, seed=trainer.training.seed)
+        if isinstance(trainer.batches, MaskedBatches): text = held_out_filling(trainer, out.sample_tokens).marked
+        elif not hasattr(trainer.model, "make_cache"): return   # not a model that continues a text
+        else: text, = generate_text(trainer.model, trainer.tokenizer, [out.sample_prompt], max_tokens=min(out.sample_tokens, (getattr(trainer.model.config, "max_position_embeddings", None) or 2**31) - 64), temperature=0.8, top_k=50, seed=trainer.training.seed)
         trainer.run.results.mkdir(parents=True, exist_ok=True)
         trainer.run.generations.write_text(text + "\n", encoding="utf-8")
 

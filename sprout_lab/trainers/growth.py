@@ -7,8 +7,6 @@ __all__ = ['POLICIES', 'TREE_COLUMNS', 'GrowthPolicy', 'ThresholdGrowth', 'Plate
            'twins', 'tidy', 'make_policy', 'renew', 'Growth', 'EpochSummary', 'epoch_summary']
 
 # %% ../../nbs/trainers/growth.ipynb #02996ef2
-import math
-
 import torch
 
 from ..configs import ConfigError, nearest
@@ -130,15 +128,18 @@ class Growth(Callback):
 
     def __init__(self, policy: GrowthPolicy | None = None, limit: int = 1): self.policy, self.limit, self.log = policy, limit, None
 
+    def on_prepare(self, trainer):
+        "Right behind the guard: what grows at a step is in that step's checkpoint."
+        others = [c for c in trainer.callbacks if c is not self]
+        front = sum(isinstance(c, NaNGuard) for c in others) and 1 + max(i for i, c in enumerate(others) if isinstance(c, NaNGuard))
+        trainer.callbacks = [*others[:front], self, *others[front:]]
+
     def on_start(self, trainer):
         config = trainer.model.config
         if self.policy is None: self.policy = make_policy(config.growth)
         if any(hasattr(p, "device_mesh") for p in trainer.model.parameters()) and self.policy.name != "none":
             raise ConfigError(f"growth={self.policy.name}: a tree cannot grow while its parameters are sharded over processes; use data parallelism, or growth=none")
         if config.growth_state: self.policy.load_state(config.growth_state)
-        others = [c for c in trainer.callbacks if c is not self]
-        front = sum(isinstance(c, NaNGuard) for c in others) and 1 + max(i for i, c in enumerate(others) if isinstance(c, NaNGuard))
-        trainer.callbacks = [*others[:front], self, *others[front:]]
         self.log = CsvLog(trainer.run.logs / "tree_log.csv", TREE_COLUMNS)
         if trainer.accelerator.is_main_process: self.log.cut(trainer.step)
 
@@ -196,7 +197,14 @@ class EpochSummary(Callback):
     def on_step(self, trainer):
         if int(trainer.epoch) <= self.told and trainer.step != trainer.total_steps: return
         self.told = int(trainer.epoch)
-        trainer.say(epoch_summary(trainer.model, math.ceil(trainer.epoch), math.ceil(trainer.total_steps * trainer.tokens_per_step / len(trainer.data.train)), trainer.last_evaluation))
+        epochs = self.begun(trainer, trainer.total_steps)
+        trainer.say(epoch_summary(trainer.model, epochs if trainer.step == trainer.total_steps else self.told, epochs, trainer.last_evaluation))
+
+    @staticmethod
+    def begun(trainer, step: int) -> int:
+        "Epochs begun after so many steps; what the last step of an epoch takes from the next one does not count."
+        share = trainer.tokens_per_step / len(trainer.data.train)
+        return max(1, int(step * share) + (step * share % 1 >= share))
 
 def epoch_summary(model, epoch: int, epochs: int, evaluation: dict) -> str:
     "The guide's summary of an epoch, from an evaluation with `loss` and `accuracy`."

@@ -83,6 +83,7 @@ class Trainer:
         check_parallel(model, self.training.parallel, self.accelerator.num_processes)
         if self.training.parallel != "tensor" and self.training.batch_size % self.accelerator.num_processes:
             raise ConfigError(f"batch_size={self.training.batch_size} cannot be shared by {self.accelerator.num_processes} processes; choose a multiple")
+        self.in_bytes = batches is None   # batches of another objective do not ask for every byte of a text, and have no bits per byte
         self.batches = batches or Batches(data.train, self.training.batch_size, config.data.sequence_length, seed=self.training.seed, order=config.data.order)
         self.make_windows = windows or (lambda limit: Windows(data.validation, config.data.sequence_length, self.training.batch_size, max_batches=limit))
         self.tokens_per_step = self.training.batch_size * self.training.gradient_accumulation_steps * config.data.sequence_length
@@ -113,6 +114,7 @@ class Trainer:
         "Run to the end, or until something stops it; returns the run's folder."
         self.started = time.monotonic()
         self.wrapped.train()
+        self.emit("on_prepare")
         self.emit("on_start")
         try:
             while self.step < self.total_steps and not self._stopped():
@@ -190,7 +192,7 @@ class Trainer:
     def epoch(self) -> float: return self.tokens / len(self.data.train)
 
     def bits_per_byte(self, nats_per_token: float) -> float | None:
-        ratio = self.data.train.bytes_per_token
+        ratio = self.data.train.bytes_per_token if self.in_bytes else None
         return nats_per_token / (math.log(2) * ratio) if ratio else None
 
     def mean_loss(self) -> float:
@@ -202,7 +204,7 @@ class Trainer:
     def evaluate(self, limit: int | None = None) -> dict:
         "Evaluate on held-out windows (at most `limit` batches); every process gets the same numbers."
         with self.accelerator.autocast():
-            metrics = evaluate_model(self.model, self.make_windows(limit), self.data.validation.bytes_per_token, device=self.accelerator.device)
+            metrics = evaluate_model(self.model, self.make_windows(limit), self.data.validation.bytes_per_token if self.in_bytes else None, device=self.accelerator.device)
         return same_everywhere(metrics) if self.divided and self.model is self.wrapped else metrics
 
     def save(self) -> Path:

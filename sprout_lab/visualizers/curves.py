@@ -70,17 +70,18 @@ def _across(curves) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
 
 # %% ../../nbs/visualizers/curves.ipynb #00e5c5cd
 def plot_bits_per_byte(runs, baselines: dict[str, float] | None = None, x: str = "tokens", title: str | None = None,
-                       metric: str = "bits_per_byte", points: int = 400, figure_size=(7.0, 3.8)) -> Figure:
+                       metric: str = "bits_per_byte", points: int = 400, figure_size=(7.0, 3.8), ax=None) -> Figure:
     """Training and validation curves of one or several runs.
 
     `runs`: a run, a dict name → run, or a dict name → list of runs (one per seed, drawn as mean and band from lowest to highest);
     a run is `{"train": log, "validation": log}` with either part optional. `baselines`: name → bits per byte, dashed lines with
-    names. `x`: 'tokens', 'step' or 'seconds'. `metric`: the column to draw. `points`: a longer curve is averaged to so many.
+    names. `x`: 'tokens', 'step' or 'seconds'. `metric`: the column to draw. `points`: a longer curve is averaged to so many. `ax`: draw into these axes instead of a new figure.
     Raises `ConfigError` for an unknown `x` or a log without the column."""
     if x not in X_AXES: raise ConfigError(f"x={x!r}: one of {', '.join(X_AXES)} is needed{nearest(x, X_AXES)}")
     column, label = X_AXES[x]
     named = _named_runs(runs)
-    figure, ax = new_figure(*figure_size)
+    if ax is None: figure, ax = new_figure(*figure_size)
+    else: figure = ax.figure
     drawn = []
     for index, (name, seeds) in enumerate(named.items()):
         style = line_style(index)

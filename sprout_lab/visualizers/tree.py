@@ -36,9 +36,9 @@ def tree_layout(parents: list[int]) -> np.ndarray:
     return places
 
 # %% ../../nbs/visualizers/tree.ipynb #479d080e
-def plot_tree(parents: list[int], usage=None, names=None, highlight=(), title: str | None = None, ax=None) -> Figure:
+def plot_tree(parents: list[int], usage=None, names=None, highlight=(), title: str | None = None, ax=None, counts: bool = True) -> Figure:
     """A tree in parent-index form. `usage`: how often each node was used (none: all the same). `names`: a line of text per node, below it.
-    `highlight`: nodes to mark, such as a text's path. `ax`: draw into these axes instead of a new figure."""
+    `highlight`: nodes to mark, such as a text's path. `ax`: draw into these axes instead of a new figure. `counts`: write the usage beside the nodes."""
     places = tree_layout(parents)
     usage = np.ones(len(parents)) if usage is None else np.asarray(usage, dtype=float)
     if len(usage) != len(parents): raise ConfigError(f"usage has {len(usage)} entries for a tree of {len(parents)} nodes; give one per node")
@@ -56,7 +56,7 @@ def plot_tree(parents: list[int], usage=None, names=None, highlight=(), title: s
         ax.add_patch(Circle((x, y), radius, facecolor=colour if share[i] > 0 else "white", edgecolor="black" if i in highlight else colour,
                             linewidth=2.5 if i in highlight else 1.2, zorder=2))
         ax.text(x, y, str(i), ha="center", va="center", fontsize=9, color="white" if share[i] > 0 else colour, weight="bold", zorder=3)
-        below = [f"{int(usage[i]):,}"] if usage.max() != usage.min() or usage.max() > 1 else []
+        below = [f"{int(usage[i]):,}"] if counts and (usage.max() != usage.min() or usage.max() > 1) else []
         if names is not None and names[i]: below.append(visible(str(names[i]), blank=" ")[:28])
         if below: ax.text(x + radius + 0.05, y, "\n".join(below), ha="left", va="center", fontsize=8, color="#333333", zorder=3)
     ax.set_xlim(-0.55, places[:, 0].max() + 0.95)
