@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['sections', 'ALIASES', 'SWITCHES', 'VALUES', 'ConfigError', 'nearest', 'setting', 'FieldSpec', 'settings_fields',
            'Settings', 'DataConfig', 'TrainingConfig', 'OutputConfig', 'canonical', 'user_path', 'read_mapping',
-           'flatten', 'read_settings', 'preset_names', 'read_preset', 'RunConfig', 'resolve', 'settings_table',
-           'aliases_table']
+           'flatten', 'read_settings', 'preset_names', 'families_of_preset', 'read_preset', 'RunConfig', 'resolve',
+           'settings_table', 'aliases_table']
 
 # %% ../nbs/configs.ipynb #c7c6b345
 import difflib
@@ -221,6 +221,7 @@ class OutputConfig(Settings):
     "Where the run lives and who is told about it."
     output_dir: Annotated[str | None, setting("The run's folder; none makes a new one under runs/.")] = None
     resume_from: Annotated[str | None, setting("A run, a checkpoint, or auto: continue what is in output_dir, or begin.")] = None
+    log_dir: Annotated[str | None, setting("A second way to the run's logs: a link to its logs/ folder is made here.")] = None
     experiment_name: Annotated[str | None, setting("Name of the run in logs and tables.")] = None
     notes: Annotated[str | None, setting("A sentence to remember the run by.")] = None
     tags: Annotated[list, setting("Words to find the run by.")] = []
@@ -252,7 +253,7 @@ ALIASES = {
     "checkpoint_interval": "save_interval", "save_every": "save_interval", "eval_every": "eval_interval", "log_every": "log_interval",
     "compile_model": "compile", "lr_scheduler": "scheduler",
     # the output
-    "checkpoint_dir": "output_dir", "log_dir": "output_dir", "run_dir": "output_dir", "name": "experiment_name", "prompt": "sample_prompt",
+    "checkpoint_dir": "output_dir", "run_dir": "output_dir", "name": "experiment_name", "prompt": "sample_prompt",
 }
 # (canonical name, value when the switch is on): renames that also translate the value
 SWITCHES = {"no_wandb": ("use_wandb", False), "fp16": ("mixed_precision", "fp16"), "bf16": ("mixed_precision", "bf16")}
@@ -336,7 +337,7 @@ def read_mapping(path) -> dict:
 # %% ../nbs/configs.ipynb #51fc8893
 def flatten(content: dict, where: str = "the configuration", folder: Path = Path(".")) -> dict:
     "A configuration in any of the known forms as flat names and values (names still as written, sections resolved)."
-    flat = {}
+    flat, base = {}, {}
     def put(name, value):
         if name in flat and flat[name] != value: raise ConfigError(f"{where}: {name} is given twice ({flat[name]} and {value}); keep one")
         flat[name] = value
@@ -347,9 +348,9 @@ def flatten(content: dict, where: str = "the configuration", folder: Path = Path
             for name, inner in value.items():
                 if (key, name) == ("model", "config_file"):
                     beside = [folder / str(inner), Path(str(inner))]
-                    found = next((p for p in beside if p.exists()), beside[0])
-                    for inherited, inherited_value in flatten(read_mapping(found), str(found), found.parent).items():
-                        flat.setdefault(inherited, inherited_value)
+                    found = next((p for p in beside if p.exists()), None)
+                    if found is None and families_of_preset(Path(str(inner)).stem): base = {"preset": Path(str(inner)).stem}   # configs/slm_base.json of a guide is shipped
+                    else: base = flatten(read_mapping(found or beside[0]), str(found or beside[0]), (found or beside[0]).parent)
                     continue
                 name = _SECTION_KEYS.get((key, name), str(name))
                 if name in ("family", "objective") and not isinstance(inner, (str, type(None))): raise ConfigError(f"{where}: {key}.{name} is a {type(inner).__name__}; a name is needed")
@@ -357,12 +358,14 @@ def flatten(content: dict, where: str = "the configuration", folder: Path = Path
         elif key in _SECTIONS and value is None: continue   # an empty section
         elif key == "model_type": put("family", value)
         else: put(key, value)
-    return flat
+    own = {ALIASES.get(name, name) for name in flat}
+    return {name: value for name, value in base.items() if ALIASES.get(name, name) not in own} | flat
 
 def read_settings(path) -> dict:
     "A configuration file as flat names and values."
     path = user_path(path)
-    return flatten(read_mapping(path), str(path), path.parent)
+    try: return flatten(read_mapping(path), str(path), path.parent)
+    except RecursionError: raise ConfigError(f"{path}: its config_file leads back to itself; name another file there") from None
 
 # %% ../nbs/configs.ipynb #1681fd69
 def _preset_folder(family: str) -> Path: return Path(__file__).parent / "presets" / family if "__file__" in globals() else Path("../sprout_lab/presets") / family
@@ -372,6 +375,10 @@ def preset_names(family: str) -> list[str]:
     order = ["nano", "mini", "small", "base"]
     names = sorted(p.stem for p in _preset_folder(family).glob("*.yaml"))
     return [n for n in order if n in names] + [n for n in names if n not in order]
+
+def families_of_preset(name: str) -> list[str]:
+    "The families that have a shipped preset of that name."
+    return sorted(p.name for p in _preset_folder(".").iterdir() if p.is_dir() and name in preset_names(p.name))
 
 def read_preset(family: str, name: str) -> dict:
     "A shipped preset as flat names and values; unknown names are answered with the known ones."

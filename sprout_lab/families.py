@@ -20,6 +20,7 @@ from .data.tokenizers import load_tokenizer, register_tokenizers, resolve_tokeni
 from .models.hnet import HNetBitConfig, HNetBitForCausalLM
 from .models.sprout import SproutConfig, SproutForCausalLM, SproutForMaskedLM
 from .models.slm import SLMConfig, SimplifiedSLMForCausalLM
+from .models.ternary import TERNARY_FILE, load_ternary
 from .models.transformer import TransformerConfig, TransformerForCausalLM
 from .runs import Run, find_checkpoint, new_run_folder
 from .trainers.checkpoints import load_pretrained
@@ -192,10 +193,9 @@ def _lead_to(logs: Path, log_dir: str, say) -> None:
 
 # %% ../nbs/families.ipynb #7ec5980b
 def load_model(path, say=print, objective: str | None = None):
-    """(model in eval mode, tokenizer) of a run, a checkpoint or a saved model's folder. Only safetensors are read; a tokenizer may be missing (None). `objective`:
+    """(model in eval mode, tokenizer) of a run, a checkpoint, a saved model's folder or a ternary export. Only safetensors are read; a tokenizer may be missing (None). `objective`:
     load it as the family's model for another one than it was trained for."""
     folder = find_checkpoint(path, say=say)
-    if (folder / "ternary.safetensors").exists(): raise ConfigError(f"{folder}: is a ternary export; load it with sprout_lab.models.ternary.load_ternary, or use the run it came from")
-    model = load_pretrained(folder, _auto[objective] if objective else None)
+    model = load_ternary(folder) if (folder / TERNARY_FILE).exists() else load_pretrained(folder, _auto[objective] if objective else None)
     tokenizer = load_tokenizer(folder) if (folder / "tokenizer_config.json").exists() else None
     return model, tokenizer

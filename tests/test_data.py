@@ -7,9 +7,11 @@ import os
 import random
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +100,36 @@ def test_wrong_token_files_are_refused(tmp_path):
     refused(lambda: TokenFile.open(tmp_path / "old.bin"), "not a sprout-lab token file")
     with TokenWriter(tmp_path / "w.bin", 10) as writer: refused(lambda: writer.write([3, 10]), "10", "0 to 9")
     assert TokenFile.open(tmp_path / "t.bin", ByteTokenizer())[:].tolist() == [1, 2, 3]
+
+
+def resealed(path, facts=None, **changes) -> None:
+    "A token file whose header says something else, under a checksum that holds."
+    raw = path.read_bytes()
+    header = json.loads(raw[20:20 + int.from_bytes(raw[12:16], "little")])
+    text = facts if facts is not None else json.dumps(header | changes).encode()
+    path.write_bytes((raw[:8] + struct.pack("<III", 1, len(text), zlib.crc32(text)) + text).ljust(HEADER_BYTES, b"\0") + raw[HEADER_BYTES:])
+
+
+@pytest.mark.parametrize("header", [b"[]", b"{}", b"null", b"\xff\xfe", b"[" * 4000, b'{"num_tokens": ' + b"9" * 4000 + b"}", b"{\"dtype\": \"uint8\"}"])
+def test_sealed_nonsense_is_refused(tmp_path, header):
+    resealed(write(tmp_path / "t.bin", np.arange(200)), header)
+    refused(lambda: TokenFile.open(tmp_path / "t.bin"), "header does not hold")
+
+
+@pytest.mark.parametrize("changes", [dict(vocab_size=0), dict(vocab_size=-5), dict(vocab_size=10**12), dict(vocab_size=200.0), dict(num_bytes=-1), dict(num_documents=-1), dict(num_tokens=-1), dict(dtype="object"), dict(dtype="<u2"),
+                                     dict(checksum=None), dict(name=[]), dict(num_tokens=True)])
+def test_impossible_headers_are_refused(tmp_path, changes):
+    resealed(write(tmp_path / "t.bin", np.arange(200)), **changes)
+    refused(lambda: TokenFile.open(tmp_path / "t.bin"), "t.bin")
+
+
+@pytest.mark.parametrize("size, ids", [(256, [1, 2, 200] * 50), (300, [1, 299] * 50), (70_000, [1, 69_999] * 50)])
+def test_ids_beyond_the_vocabulary_are_refused(tmp_path, size, ids):
+    "A header that promises a smaller vocabulary than its ids need would otherwise be an index error in the embedding."
+    resealed(write(tmp_path / "t.bin", ids, size), vocab_size=max(ids))
+    refused(lambda: TokenFile.open(tmp_path / "t.bin"), f"holds the id {max(ids)}", f"0 to {max(ids) - 1}")
+    resealed(tmp_path / "t.bin", vocab_size=max(ids) + 1)
+    assert TokenFile.open(tmp_path / "t.bin")[:].tolist() == ids
 
 
 def test_checksum_is_remembered_until_the_file_changes(tmp_path):
@@ -257,13 +289,18 @@ def test_wrong_paths_are_one_line(tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text": \n')
     (tmp_path / "number.jsonl").write_text('{"text": 3}\n')
     (tmp_path / "list.jsonl").write_text("[1]\n")
+    (tmp_path / "deep.jsonl").write_text('{"text": "a"}\n' + '{"text": ' + "[" * 9000 + "]" * 9000 + "}\n")
+    (tmp_path / "digits.jsonl").write_text('{"text": "a"}\n{"text": "b", "n": ' + "9" * 5000 + "}\n")
+    (tmp_path / "columns.jsonl").write_text(json.dumps({f"column number {i}": i for i in range(5000)}) + "\n")
+    (tmp_path / "surrogate.jsonl").write_text('{"text": "whole"}\n{"text": "half \\ud83d of a pair"}\n')
     (tmp_path / "torn.txt.gz").write_bytes(gzip.compress(b"abc" * 1000)[:-20])
     (tmp_path / "not.txt.gz").write_bytes(b"plain text")
     (tmp_path / "nothing").mkdir()
     (tmp_path / "nothing" / "picture.jpg").touch()
     use = lambda **kw: lambda: load_data(DataConfig(**kw))
     for name, *parts in [("storry.txt", "no such", "'story.txt'"), ("empty.txt", "empty"), ("blank.jsonl", "no text"), ("short.txt", "sequence_length"),
-                         ("image.txt", "binary"), ("bad.jsonl", "line 2"), ("number.jsonl", "int"), ("list.jsonl", "line 1"), ("torn.txt.gz", "decompressed"),
+                         ("image.txt", "binary"), ("bad.jsonl", "line 2"), ("number.jsonl", "int"), ("list.jsonl", "line 1"), ("deep.jsonl", "line 2", "nested"), ("digits.jsonl", "line 2", "digits"),
+                         ("columns.jsonl", "no column 'text'"), ("surrogate.jsonl", "line 2", "U+D83D"), ("torn.txt.gz", "decompressed"),
                          ("not.txt.gz", "decompressed"), ("nothing", "no text")]:
         refused(use(train_data_path=str(tmp_path / name)), *parts)
         refused(use(dataset_name=str(tmp_path / name)), *parts)
@@ -425,8 +462,45 @@ def test_prepared_twice_is_done_once(tmp_path):
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.bin")}
     assert prepare("tales", tmp_path / "out") == first
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.bin")}
-    other = prepare("tales", tmp_path / "out", val_fraction=0.3)
+    (tmp_path / "out" / "val.bin").unlink()
+    assert prepare("tales", tmp_path / "out") == first and (tmp_path / "out" / "val.bin").exists()
+
+
+def test_other_data_in_the_folder_is_refused(tmp_path):
+    "What a preparation with other settings, or someone else, left there is never replaced unasked; the line says what differs."
+    text = tmp_path / "t.jsonl"
+    text.write_text("".join(json.dumps({"text": f"Story {i}, told twice. " * 3}) + "\n" for i in range(40)))
+    out = tmp_path / "out"
+    first = prepare(text, out)
+    before = digest(out)
+    refused(lambda: prepare(text, out, val_fraction=0.3), "val_fraction was 0.1 and is 0.3", "another output")
+    refused(lambda: prepare(text, out, max_samples=10), "max_samples was None and is 10")
+    refused(lambda: prepare(text, out, tokenizer="char"), "tokenizer was ByteTokenizer of 256", "char of its usual")
+    refused(lambda: prepare(text, out, format="npy"), "format was bin and is npy")
+    refused(lambda: prepare("tales", out), "text was ", "t.jsonl and is Children")
+    text.write_text(text.read_text() + '{"text": "One more."}\n')
+    refused(lambda: prepare(text, out), "the text has changed since")
+    assert digest(out) == before
+    other = prepare(text, out, val_fraction=0.3, format="npy", overwrite=True)
     assert other["splits"]["validation"]["num_bytes"] > first["splits"]["validation"]["num_bytes"]
+    assert sorted(p.name for p in out.iterdir() if not p.name.startswith(".")) == ["stats.json", "tokenizer", "train.npy", "val.npy"]
+
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "train.txt").write_text("my own text " * 20)
+    refused(lambda: prepare(text, mine, format="ids"), "holds a train.txt")
+    assert (mine / "train.txt").read_text() == "my own text " * 20
+    for content in ("[]", '{"splits": []}', '{"splits": {}', "\udcff", "[" * 5000, '{"key": 1, "splits": {"train": []}, "asked": []}'):
+        (out / "stats.json").write_text(content, errors="surrogateescape")
+        refused(lambda: prepare(text, out), "holds a stats.json")
+        refused(lambda: load_data(DataConfig(data_dir=str(out))), "no train.bin")
+
+
+def test_an_unfinished_preparation_with_other_settings_is_begun_again(tmp_path):
+    (tmp_path / "t.txt").write_bytes(b"good text, " * 100 + b"\xff" + b" and more" * 100)
+    refused(lambda: prepare(tmp_path / "t.txt", tmp_path / "out"), "not valid UTF-8")
+    (tmp_path / "t.txt").write_bytes(b"good text, " * 200)
+    assert prepare(tmp_path / "t.txt", tmp_path / "out")["splits"]["train"]["num_bytes"] == 1980
     assert not (tmp_path / "out" / ".prepare").exists()
 
 
@@ -514,7 +588,7 @@ def test_killed_and_run_again_gives_the_same_file(tmp_path, small_blocks):
         process.wait()
         process.stdout.close(), process.stderr.close()
         if (tmp_path / "killed" / "stats.json").exists(): break
-        journal = prepare_module._read_json(tmp_path / "killed" / ".prepare" / "journal.json")
+        journal = prepare_module._read_journal(tmp_path / "killed" / ".prepare")
         continued += journal.get("splits", {}).get("train", {}).get("blocks", 0) > 0
         refused(lambda: load_data(DataConfig(data_dir=str(tmp_path / "killed"))), "continues")
         assert not (tmp_path / "killed" / "train.bin").exists()
@@ -593,6 +667,11 @@ def test_wrong_ids_are_one_line(tmp_path):
     np.save(tmp_path / "objects.npy", np.array([{}], object), allow_pickle=True)
     np.save(tmp_path / "minus.npy", np.full(300, -1))
     (tmp_path / "torn.npy").write_bytes((tmp_path / "float.npy").read_bytes()[:100])
+    whole = (tmp_path / "minus.npy").read_bytes()
+    for name, shape in (("absurd.npy", b"(10**15,)"), ("vast.npy", b"(999999999999999999999999,)"), ("vast2.npy", b"(9999999999999,)"), ("negative.npy", b"(-3,)"), ("words.npy", b"('a',)"), ("deep.npy", b"(" * 3000),
+                        ("none.npy", b"()"), ("empty.npy", b"(0,)"), ("many.npy", b"(1,) * 99")):
+        header = b"{'descr': '<i8', 'fortran_order': False, 'shape': " + shape + b", }"
+        (tmp_path / name).write_bytes(whole[:6] + b"\x02\x00" + struct.pack("<I", len(header)) + header + bytes(800))
     write(tmp_path / "alone.bin", np.arange(200))
     (tmp_path / "foreign.bin").write_bytes(bytes(10_000))
     use = lambda name, **kw: lambda: load_data(DataConfig(train_data_path=str(tmp_path / name), **({"sequence_length": 8} | kw)))
@@ -603,6 +682,7 @@ def test_wrong_ids_are_one_line(tmp_path):
     refused(use("objects.npy"), ".npy")
     refused(use("minus.npy"), "-1")
     refused(use("torn.npy"), "torn.npy")
+    for name in ("absurd", "vast", "vast2", "negative", "words", "deep", "none", "empty", "many"): refused(use(f"{name}.npy"), f"{name}.npy")
     refused(use("alone.bin"), "val_data_path")
     refused(use("foreign.bin", val_data_path=str(tmp_path / "ids.txt")), "not a sprout-lab token file")
     refused(use("ids.txt", vocab_size=3), "id 3")

@@ -198,6 +198,8 @@ def test_preparing_like_the_guides(tmp_path, capsys):
     (tmp_path / "stories.jsonl").write_text("".join(json.dumps({"text": s}) + "\n" for s in STORIES))
     stats = prepare_from_options(dataset=str(tmp_path / "stories.jsonl"), output=str(tmp_path / "stories"), max_seq_length=64, max_samples=40)
     assert sum(s["num_documents"] for s in stats["splits"].values()) == 40 and stats["splits"]["train"]["num_sequences"] > 5
+    refused(lambda: prepare_from_options(dataset=str(tmp_path / "stories.jsonl"), output=str(tmp_path / "stories"), max_samples=30), "max_samples was 40 and is 30")
+    prepare_from_options(dataset=str(tmp_path / "stories.jsonl"), output=str(tmp_path / "stories"), max_samples=30, overwrite=True)
     refused(lambda: prepare_from_options(output="x"), "--input")
     refused(lambda: prepare_from_options(output="x", input_path="a", dataset="b"), "both")
     refused(lambda: prepare_from_options(output="x", dataset="tales", vocab="v.json"), "merges")

@@ -5,8 +5,10 @@ import itertools
 import json
 import os
 import random
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
@@ -79,6 +81,7 @@ FILES = {
     "tags.yaml": b"!!python/object/apply:os.system ['echo owned']", "unknown.yaml": b"bach_size: 3\n", "type.json": b'{"training": {"batch_size": "many"}}', "range.yaml": b"training: {learning_rate: -1}\n",
     "twice.yaml": b"training: {batch_size: 3}\nbatch_size: 4\n", "foreign.yaml": b"model: {type: hnet_bit}\n", "nested.yaml": b"training: {optimizer: {name: adamw}}\n", "number.yaml": b"1: 2\n",
     "bool.yaml": b"batch_size: true\n", "null.yaml": b"batch_size: null\n", "deep.json": b'{"a":' * 3000 + b"1" + b"}" * 3000, "config_file.json": b'{"model": {"config_file": "nowhere.json"}}',
+    "itself.json": b'{"model": {"config_file": "itself.json"}}', "two_spellings.json": b'{"hidden_size": 8, "d_model": 16}', "log_dir.json": b'{"output": {"log_dir": ["a"]}}', "nobody.json": b'{"model": {"type": "hierarchikal"}}',
 }
 
 
@@ -115,6 +118,127 @@ def test_folder_without_text_and_foreign_tokens(tmp_path, monkeypatch):
     is_one_clear_line(*shell("train", "transformer", "--data_dir", "bytes", "--max_steps", "2"))
 
 
+ROWS = {"deep.jsonl": '{"text": ' + "[" * 5000 + "]" * 5000 + "}\n", "digits.jsonl": '{"text": "a", "n": ' + "9" * 5000 + "}\n", "surrogate.jsonl": '{"text": "\\ud83d"}\n', "scalar.jsonl": "3\n"}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_wrong_rows(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).write_text('{"text": "a story"}\n' * 50 + ROWS[name])
+    is_one_clear_line(*shell("train", "transformer", "--train_data_path", name, "--max_steps", "2"))
+    is_one_clear_line(*shell("prepare", "--input", name, "--output", "out"))
+
+
+@pytest.mark.parametrize("header", [b"[]", b"\xff\xfe{}", {"vocab_size": 5}, {"vocab_size": 2**31}, {"name": ["a"]}])
+def test_sealed_wrong_token_files(tmp_path, monkeypatch, header):
+    "Headers that say something impossible under a checksum that holds: found when the file is opened, not as an index error in the first step."
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("It was the best of times, it was the worst of times. " * 50)
+    assert shell("prepare", "--input", "text.txt", "--output", "data", "--tokenizer", "char", "--vocab_size", "100")[0] in (0, None)
+    for name in ("train", "val"):
+        path = tmp_path / "data" / f"{name}.bin"
+        raw = path.read_bytes()
+        facts = json.loads(raw[20:20 + int.from_bytes(raw[12:16], "little")])
+        text = header if isinstance(header, bytes) else json.dumps(facts | header).encode()
+        path.write_bytes((raw[:8] + struct.pack("<III", 1, len(text), zlib.crc32(text)) + text).ljust(4096, b"\0") + raw[4096:])
+    is_one_clear_line(*shell("train", "transformer", "--data_dir", "data", "--max_steps", "2"))
+    is_one_clear_line(*shell("train", "transformer", "--train_data_path", "data/train.bin", "--val_data_path", "data/val.bin", "--max_steps", "2"))
+
+
+@pytest.mark.parametrize("content", ["[]", "3", '{"splits": 3}', "[" * 5000, "\ufffe"])
+def test_wrong_statistics(tmp_path, monkeypatch, content):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("It was the best of times, it was the worst of times. " * 50)
+    assert shell("prepare", "--input", "text.txt", "--output", "data")[0] in (0, None)
+    (tmp_path / "data" / "stats.json").write_text(content)
+    is_one_clear_line(*shell("prepare", "--input", "text.txt", "--output", "data"))
+    assert shell("prepare", "--input", "text.txt", "--output", "data", "--overwrite")[0] in (0, None)
+    assert json.loads((tmp_path / "data" / "stats.json").read_text())["splits"]["train"]["num_bytes"] == 2385
+
+
+@pytest.mark.parametrize("journal", ["[]", {"splits": {"train": 3}}, {"splits": {"train": {"blocks": 1, "state": {"num_tokens": 10**9}, "finished": False}}}, {"splits": {"train": {"blocks": 0, "state": None, "finished": True}}}])
+def test_wrong_journals(tmp_path, monkeypatch, journal):
+    "What an interrupted preparation left may be anything; at the second attempt at the latest it is done."
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("It was the best of times, it was the worst of times. " * 50)
+    assert shell("prepare", "--input", "text.txt", "--output", "data")[0] in (0, None)
+    whole = {path.name: path.read_bytes() for path in (tmp_path / "data").glob("*.bin")}
+    key = json.loads((tmp_path / "data" / "stats.json").read_text())["key"]
+    for name in ("stats.json", *whole): (tmp_path / "data" / name).unlink()
+    (tmp_path / "data" / ".prepare").mkdir()
+    (tmp_path / "data" / ".prepare" / "journal.json").write_text(journal if isinstance(journal, str) else json.dumps({"key": key} | journal))
+    for name in ("train.part", "train.bin"): (tmp_path / "data" / ".prepare" / name).write_bytes(whole["train.bin"][:-9] + b"x" * 9)
+    said = shell("prepare", "--input", "text.txt", "--output", "data")
+    if said[0] == 2:
+        is_one_clear_line(*said)
+        assert shell("prepare", "--input", "text.txt", "--output", "data")[0] in (0, None)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "data").glob("*.bin")} == whole
+
+
+def test_pipes_and_devices(tmp_path, monkeypatch):
+    "Reading them would wait for ever, or never end."
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo(tmp_path / "pipe.txt")
+    (tmp_path / "data").mkdir()
+    for name in ("train.bin", "val.bin"): os.mkfifo(tmp_path / "data" / name)
+    for path in ("pipe.txt", "/dev/zero"):
+        is_one_clear_line(*shell("prepare", "--input", path, "--output", "out"))
+        is_one_clear_line(*shell("train", "transformer", "--train_data_path", path, "--max_steps", "2"))
+        is_one_clear_line(*shell("train", "transformer", "--dataset_name", str(tmp_path / path), "--max_steps", "2"))
+    is_one_clear_line(*shell("train", "transformer", "--data_dir", "data", "--max_steps", "2"))
+
+
+@pytest.mark.parametrize("words", [("--output", ""), ("--output", " "), ("--output", "text.txt"), ("--output", "text.txt/out"), ("--output", "out", "--input", ""), ("--output", "out", "--num_workers", "-1"), ("--output", "out", "--num_workers", "100000"),
+                                   ("--output", "out", "--max_seq_length", "0"), ("--output", "out", "--max_seq_length", "-5"), ("--output", "out", "--dataset_config", "x"), ("--output", "out", "--text_column", "c" * 10**5, "--input", "rows.jsonl"),
+                                   ("--output", "out", "--input", "table.parquet"), ("--output", "out", "--input", "loop"), ("--output", "out", "--input", "damaged")])
+def test_wrong_preparations(tmp_path, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("It was the best of times, it was the worst of times. " * 50)
+    (tmp_path / "rows.jsonl").write_text('{"a": "b"}\n')
+    (tmp_path / "table.parquet").write_bytes(b"PAR1")
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "train.parquet").write_bytes(b"PAR1")
+    (tmp_path / "loop").symlink_to("loop")
+    is_one_clear_line(*shell("prepare", *([] if "--input" in words else ["--input", "text.txt"]), *words))
+
+
+@pytest.mark.parametrize("ids", [f"{2**62} " * 100, "1 2 3 " * 100 + "9" * 25, f"{2**24} " * 100])
+def test_ids_too_large_for_any_vocabulary(tmp_path, monkeypatch, ids):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ids.txt").write_text(ids)
+    is_one_clear_line(*shell("train", "transformer", "--train_data_path", "ids.txt", "--max_steps", "2"))
+
+
+MODEL_FILES = {"config.json": ["", "[]", "null", "[" * 5000, '{"model_type": "banana"}', '{"model_type": ["x"]}', {"hidden_size": 32}, {"num_hidden_layers": 3}, {"vocab_size": 100}, {"hidden_size": 0}], "tokenizer_config.json": ["", "[]", "null", "[" * 5000, "{}"],
+               "model.safetensors": ["", "x" * 100, "\x02\0\0\0\0\0\0\0[]"]}
+
+
+@pytest.mark.parametrize("name", MODEL_FILES)
+def test_wrong_model_folders(tmp_path, monkeypatch, capfd, name):
+    "A saved model with one damaged file: generate and evaluate say so in one line, without transformers' report."
+    monkeypatch.chdir(tmp_path)
+    from sprout_lab.data.tokenizers import ByteTokenizer
+    model = get_family("slm").build(hidden_size=16, num_hidden_layers=1)
+    for content in MODEL_FILES[name]:
+        model.save_pretrained("model")
+        ByteTokenizer().save_pretrained("model")
+        path = tmp_path / "model" / name
+        path.write_text(content if isinstance(content, str) else json.dumps(json.loads(path.read_text()) | content), encoding="latin-1")
+        capfd.readouterr()
+        is_one_clear_line(*shell("generate", "--model_path", "model", "--prompt", "a", "--max_tokens", "2"))
+        is_one_clear_line(*shell("evaluate", "--model_path", "model", "--max_batches", "1"))
+        assert capfd.readouterr().err == ""
+
+
+def test_two_preparations_in_one_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert shell("prepare", "--dataset", "tales", "--output", "data", "--max_samples", "20")[0] in (0, None)
+    assert shell("prepare", "--dataset", "tales", "--output", "data", "--max_samples", "20", "--max_seq_length", "64")[0] in (0, None)
+    said = shell("prepare", "--dataset", "tales", "--output", "data")
+    is_one_clear_line(*said)
+    assert "max_samples was 20 and is None" in said[2] and "--overwrite" in said[2]
+
+
 @pytest.mark.parametrize("words", [("trian",), ("train",), ("train", "transfromer"), ("train", "--batch_size", "3"), ("evaluate",), ("evaluate", "--model_path", "nowhere"), ("generate", "--model_path", "."),
                                    ("generate", "--model_path", "x", "--top_p", "2"), ("runs", "show", "nothing"), ("runs", "delete", "/", "--yes"), ("runs", "lst"), ("prepare", "--input", "nowhere.txt", "--output", "out"),
                                    ("prepare", "--output", "out"), ("completion", "csh"), ("doctor", "--now")])
@@ -134,7 +258,7 @@ GUIDES = {
     "transformer.yaml": "vocab_size: 256\ncontext_length: 64\nd_model: 32\nnum_layers: 2\nnum_heads: 2\nd_ff: 64\nbatch_size: 4\nlearning_rate: 1.0e-4\nmax_iters: 100000\n",
     "slm.json": json.dumps({"experiment_name": "my_experiment", "model": {"type": "transformer"}, "data": {"max_seq_length": 512},
                             "training": {"batch_size": 16, "gradient_accumulation_steps": 4, "learning_rate": 3e-4, "max_steps": 10000, "warmup_steps": 500, "scheduler": "cosine", "mixed_precision": "bf16"},
-                            "output": {"checkpoint_dir": "./checkpoints/my_experiment", "log_dir": "./checkpoints/my_experiment"}}),
+                            "output": {"checkpoint_dir": "./checkpoints/my_experiment", "log_dir": "./logs/my_experiment"}}),
     "specdifftree.yaml": "experiment:\n  name: first\n  tags: [a, b]\n  notes: Description\ndataset:\n  name: tales\n  num_samples_train: 6300\nmodel:\n  type: transformer\n  gradient_checkpointing: false\n"
                          "training:\n  num_epochs: 30\n  batch_size: 8\n  grad_clip_norm: 0.5\ndevice:\n  type: cpu\n",
     "flat.json": json.dumps({"hidden_dim": 64, "num_heads": 4, "num_epochs": 3, "gradient_clip": 1.0, "max_length": 128, "save_every": 5000, "eval_every": 1000, "log_every": 100}),

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from ..configs import ConfigError, nearest
+from .corpora import is_special_file
 
 # %% ../../nbs/data/tokens.ipynb #ce4630dd
 MAGIC, VERSION, HEADER_BYTES = b"SPROUTTK", 1, 4096
@@ -39,6 +40,7 @@ def _pack_header(facts: dict) -> bytes:
 def _read_header(path: Path) -> dict:
     "The checked facts in a token file's header, or a one-line `ConfigError`."
     again = "prepare it again with `sprout-lab prepare`"
+    if is_special_file(path): raise ConfigError(f"{path}: is a pipe or a device, not a token file; {again}")
     try:
         with open(path, "rb") as file: head = file.read(HEADER_BYTES)
         size = path.stat().st_size
@@ -55,8 +57,10 @@ def _read_header(path: Path) -> dict:
     if version != VERSION: raise ConfigError(f"{path}: is a token file of format {version}, and format {VERSION} is read here; {again}")
     text = head[20:20 + length]
     if length > HEADER_BYTES - 20 or zlib.crc32(text) != checksum: raise ConfigError(f"{path}: its header is damaged (checksum differs); {again}")
-    facts = json.loads(text)
-    if any(type(facts.get(k)) is not t for k, t in _FIELDS.items()) or facts["dtype"] not in ("uint8", "uint16", "uint32"):
+    try: facts = json.loads(text)
+    except (ValueError, RecursionError): facts = None
+    if not isinstance(facts, dict) or any(type(facts.get(k)) is not t for k, t in _FIELDS.items()) or facts["dtype"] not in ("uint8", "uint16", "uint32") \
+            or min(facts["num_tokens"], facts["num_bytes"], facts["num_documents"]) < 0 or not 1 <= facts["vocab_size"] <= 2**32:
         raise ConfigError(f"{path}: its header does not hold what a token file's must; {again}")
     expected = HEADER_BYTES + facts["num_tokens"] * np.dtype(facts["dtype"]).itemsize
     if size != expected:
@@ -73,6 +77,7 @@ class TokenWriter:
     As a context manager it closes on success and removes the unfinished file on an error."""
 
     def __init__(self, path, vocab_size: int, fingerprint: str = "", name: str = "", resume: dict | None = None, beside=None):
+        if not 1 <= vocab_size <= 2**32: raise ConfigError(f"vocab_size={vocab_size}: a token file holds ids of vocabularies from 1 to {2**32:,}")
         self.path = Path(path)
         self.beside = Path(beside) if beside else self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
         self.facts = {"dtype": token_dtype(vocab_size), "num_tokens": 0, "num_bytes": 0, "num_documents": 0, "vocab_size": int(vocab_size),
@@ -85,9 +90,9 @@ class TokenWriter:
             else:   # whatever was written after the remembered moment is cut away
                 self.facts |= resume
                 self.file = open(self.beside, "r+b")
+                if self.file.seek(0, os.SEEK_END) < self._size(): raise ConfigError(f"{self.beside}: is shorter than its journal says; remove its folder and prepare again")
                 self.file.truncate(self._size())
                 self.file.seek(0, os.SEEK_END)
-                if self.file.tell() != self._size(): raise ConfigError(f"{self.beside}: is shorter than its journal says; remove its folder and prepare again")
         except OSError as error: raise _disk_error(error, self.path) from None
 
     def _size(self) -> int: return HEADER_BYTES + self.facts["num_tokens"] * self.dtype.itemsize
@@ -146,13 +151,15 @@ def _disk_error(error: OSError, path: Path) -> ConfigError:
 # %% ../../nbs/data/tokens.ipynb #b31463d8
 _verified: set = set()   # (device, inode, size, mtime_ns, ctime_ns) of files whose checksum held in this process
 
-def _checksum(path: Path, start: int = HEADER_BYTES, block: int = 1 << 22) -> int:
-    "CRC-32 of a file from byte `start`, through a map: the pages are the cache's, not ours."
-    checksum = 0
+def _checksum(path: Path, dtype: str, start: int = HEADER_BYTES, block: int = 1 << 20) -> tuple[int, int]:
+    "(CRC-32, largest id) of a file from byte `start`, through a map: the pages are the cache's, not ours. -1 is the largest of none."
+    checksum, high = 0, -1
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
         for begin in range(start, len(mapped), block):
-            with memoryview(mapped) as view, view[begin:begin + block] as piece: checksum = zlib.crc32(piece, checksum)
-    return checksum
+            with memoryview(mapped) as view, view[begin:begin + block] as piece:
+                checksum = zlib.crc32(piece, checksum)
+                high = max(high, int(np.frombuffer(piece, np.dtype(dtype).newbyteorder("<")).max()))   # the block is in the processor's cache now
+    return checksum, high
 
 class TokenFile:
     """A memory-mapped token file. Index it like an array; `len(file)` is the number of tokens.
@@ -182,7 +189,9 @@ class TokenFile:
         status = os.stat(path)
         key = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
         if verify and key not in _verified:
-            if _checksum(path) != facts["checksum"]: raise ConfigError(f"{path}: is damaged (the checksum of its ids differs); prepare it again with `sprout-lab prepare`")
+            checksum, high = _checksum(path, facts["dtype"])
+            if checksum != facts["checksum"]: raise ConfigError(f"{path}: is damaged (the checksum of its ids differs); prepare it again with `sprout-lab prepare`")
+            if high >= facts["vocab_size"]: raise ConfigError(f"{path}: holds the id {high}, and its header allows ids from 0 to {facts['vocab_size'] - 1}; prepare it again with `sprout-lab prepare`")
             if time.time() - status.st_mtime > 2: _verified.add(key)   # younger files may change within a tick of the file system's clock
         return cls(path, facts)
 

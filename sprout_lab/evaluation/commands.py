@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
-from ..configs import ConfigError, DataConfig, read_settings
+from ..configs import ConfigError, DataConfig, read_settings, user_path
 from ..data.masking import fills_gaps, pseudo_log_likelihood
 from ..data.prepare import load_data
 from ..decoding.filling import fill_sample
@@ -27,7 +27,8 @@ def load_tokenizer_of(folder):
     "The tokenizer saved in a checkpoint's folder; None where it was trained on bare ids."
     if not any((Path(folder) / name).exists() for name in ("tokenizer_config.json", "tokenizer.json")): return None
     try: return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error: raise ConfigError(f"{folder}: its tokenizer cannot be loaded ({str(error).splitlines()[0][:150]})") from None
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:   # whatever a damaged file makes of its reader
+        raise ConfigError(f"{folder}: its tokenizer cannot be loaded ({(str(error).splitlines() or [type(error).__name__])[0][:150]})") from None
 
 def held_out_config(folder, data_dir=None, dataset=None) -> DataConfig:
     "The data settings of the run that a checkpoint belongs to, with another folder or corpus in place of its own where given; the default corpus outside of a run."
@@ -50,7 +51,7 @@ def evaluate_from_options(model_path, data_dir=None, dataset=None, output_dir=No
     folder = find_checkpoint(model_path, say=say)
     run = Run(folder.parent.parent)
     model, tokenizer = _ready(folder)
-    target = Path(output_dir) / "evaluation_results.json" if output_dir else run.evaluation if run.exists() else None
+    target = user_path(output_dir) / "evaluation_results.json" if output_dir else run.evaluation if run.exists() else None
     masked = fills_gaps(model)
     if masked and tasks: raise ConfigError(f"{folder}: is a masked model, and lm_eval's tasks ask what comes next; leave tasks out")
     if tasks:

@@ -90,11 +90,14 @@ def load_pretrained(folder, auto=None):
     that does not fit is a `ConfigError`."""
     if auto is None:
         try: auto = auto_class((json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")).get("architectures") or [None])[0])
-        except (OSError, ValueError, AttributeError, TypeError, LookupError): auto = AutoModelForCausalLM   # it says what is wrong
+        except (OSError, ValueError, AttributeError, TypeError, LookupError, RecursionError): auto = AutoModelForCausalLM   # it says what is wrong
+    said = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()   # its report of what does not fit has a line for every tensor; ours is one
     try:
-        with no_progress_bars(): model, loaded = auto.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
+        with no_progress_bars(): model, loaded = auto.from_pretrained(folder, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError, RecursionError) as error:
         raise ConfigError(f"{folder}: holds no model that can be loaded ({(str(error).strip().splitlines() or [type(error).__name__])[0][:200]})") from None
-    lost = sorted(map(str, [*loaded["missing_keys"], *loaded["mismatched_keys"]]))
-    if lost: raise ConfigError(f"{folder}: its weights do not fit its configuration (missing {', '.join(lost[:3])}{' …' if len(lost) > 3 else ''}); copy a whole checkpoint back")
+    finally: transformers_logging.set_verbosity(said)
+    lost = sorted([*loaded["missing_keys"], *(key[0] if isinstance(key, tuple) else key for key in loaded["mismatched_keys"])])
+    if lost: raise ConfigError(f"{folder}: its weights do not fit its configuration ({', '.join(lost[:3])}{' …' if len(lost) > 3 else ''}); copy a whole checkpoint back")
     return model.eval()
