@@ -89,54 +89,10 @@ INLINE float sum_of(vec v) {   // halves added until four numbers are left
   return (b[0] + b[2]) + (b[1] + b[3]);
 }
 
-// y[c * ldy + r] = sum_k w[r * K + k] * x[c * ldx + k] for R rows of w and C vectors x
-INLINE void tile(const float *w, const float *x, int64_t ldx, float *y, int64_t ldy, int64_t K, const int R, const int C) {
-  vec sum[4][4];
-  #pragma GCC unroll 4
-  for (int r = 0; r < R; r++)
-    #pragma GCC unroll 4
-    for (int c = 0; c < C; c++) sum[r][c] = (vec){0};
-  int64_t k = 0;
-  for (; k + N <= K; k += N) {
-    vec xs[4];
-    #pragma GCC unroll 4
-    for (int c = 0; c < C; c++) xs[c] = *(const vec *)(x + c * ldx + k);
-    #pragma GCC unroll 4
-    for (int r = 0; r < R; r++) {
-      const vec ws = *(const vec *)(w + r * K + k);
-      #pragma GCC unroll 4
-      for (int c = 0; c < C; c++) sum[r][c] += ws * xs[c];
-    }
-  }
-  #pragma GCC unroll 4
-  for (int r = 0; r < R; r++)
-    #pragma GCC unroll 4
-    for (int c = 0; c < C; c++) {
-    float total = sum_of(sum[r][c]);
-    for (int64_t j = k; j < K; j++) total += w[r * K + j] * x[c * ldx + j];
-    y[c * ldy + r] = total;
-  }
-}
-#define TILES(C) { int64_t r = 0; for (; r + 4 <= rows; r += 4) tile(w + r * K, x + c * ldx, ldx, y + c * ldy + r, ldy, K, 4, C); \
-                   for (; r < rows; r++) tile(w + r * K, x + c * ldx, ldx, y + c * ldy + r, ldy, K, 1, C); }
-// y (count, ldy) = x (count, ldx) times the transpose of w (rows, K). A batch goes through w in blocks that stay in the cache.
-static void product(const float *all, const float *x, int64_t ldx, float *out, int64_t ldy, int64_t all_rows, int64_t K, int64_t count) {
-  int64_t block = count > 4 ? 32768 / (4 * K) / 4 * 4 : all_rows;
-  if (block < 4) block = 4;
-  for (int64_t from = 0; from < all_rows; from += block) {
-    const int64_t rows = all_rows - from < block ? all_rows - from : block;
-    const float *w = all + from * K;
-    float *y = out + from;
-    int64_t c = 0;
-    for (; c + 4 <= count; c += 4) TILES(4)
-    for (; c + 2 <= count; c += 2) TILES(2)
-    for (; c < count; c++) TILES(1)
-  }
-}
 #if defined(__AVX512F__) && defined(__has_builtin)
 #if __has_builtin(__builtin_shufflevector)
-#define FAST_SCORES
-// Sixteen sums at once: halves of two vectors are added crosswise, four times; lane i of the result is the sum of s[i].
+#define SIXTEEN_SUMS
+// Sixteen sums at once: halves of two vectors are added crosswise, four times; lane i of the result is the sum of s[i], added in the order of sum_of.
 INLINE vec sums_of(vec *s) {
   #pragma GCC unroll 8
   for (int i = 0; i < 8; i++)
@@ -155,10 +111,72 @@ INLINE vec sums_of(vec *s) {
 }
 #endif
 #endif
+
+// y[c * ldy + r] = sum_k w[r * K + k] * x[c * ldx + k] for R rows of w and C vectors x; two rows of K numbers at `fetch` (0: none) are brought nearer meanwhile
+INLINE void tile(const float *w, const float *x, int64_t ldx, float *y, int64_t ldy, int64_t K, const int R, const int C, const float *fetch) {
+  vec sum[4][4];
+  #pragma GCC unroll 4
+  for (int r = 0; r < R; r++)
+    #pragma GCC unroll 4
+    for (int c = 0; c < C; c++) sum[r][c] = (vec){0};
+  int64_t k = 0;
+  for (; k + N <= K; k += N) {
+    if (fetch) { __builtin_prefetch(fetch + k, 0, 2); __builtin_prefetch(fetch + K + k, 0, 2); }
+    vec xs[4];
+    #pragma GCC unroll 4
+    for (int c = 0; c < C; c++) xs[c] = *(const vec *)(x + c * ldx + k);
+    #pragma GCC unroll 4
+    for (int r = 0; r < R; r++) {
+      const vec ws = *(const vec *)(w + r * K + k);
+      #pragma GCC unroll 4
+      for (int c = 0; c < C; c++) sum[r][c] += ws * xs[c];
+    }
+  }
+#ifdef SIXTEEN_SUMS
+  if (R == 4 && C == 4) {   // one at a time they would take as long as the products
+    float totals[16];
+    *(vec *)totals = sums_of(&sum[0][0]);
+    for (int r = 0; r < 4; r++) for (int c = 0; c < 4; c++) {
+      float total = totals[4 * r + c];
+      for (int64_t j = k; j < K; j++) total += w[r * K + j] * x[c * ldx + j];
+      y[c * ldy + r] = total;
+    }
+    return;
+  }
+#endif
+  #pragma GCC unroll 4
+  for (int r = 0; r < R; r++)
+    #pragma GCC unroll 4
+    for (int c = 0; c < C; c++) {
+    float total = sum_of(sum[r][c]);
+    for (int64_t j = k; j < K; j++) total += w[r * K + j] * x[c * ldx + j];
+    y[c * ldy + r] = total;
+  }
+}
+#define TILES(C, FETCH) { int64_t r = 0; for (; r + 4 <= rows; r += 4) tile(w + r * K, x + c * ldx, ldx, y + c * ldy + r, ldy, K, 4, C, FETCH); \
+                          for (; r < rows; r++) tile(w + r * K, x + c * ldx, ldx, y + c * ldy + r, ldy, K, 1, C, 0); }
+// y (count, ldy) = x (count, ldx) times the transpose of w (rows, K). A batch goes through w in blocks that stay in the cache; while it works on one, the next is fetched.
+static void product(const float *all, const float *x, int64_t ldx, float *out, int64_t ldy, int64_t all_rows, int64_t K, int64_t count) {
+  int64_t block = count > 4 ? 16384 / (4 * K) / 4 * 4 : all_rows;
+  if (block < 4) block = 4;
+  for (int64_t from = 0; from < all_rows; from += block) {
+    const int64_t rows = all_rows - from < block ? all_rows - from : block;
+    const float *w = all + from * K;
+    float *y = out + from;
+    const int more = from + 2 * block <= all_rows;   // another whole block
+    int64_t c = 0;
+    for (; c + 4 <= count; c += 4) {
+      if (more && (c == 4 || c == 8)) TILES(4, w + (rows + r + (c - 4) / 2) * K)
+      else TILES(4, 0)
+    }
+    for (; c + 2 <= count; c += 2) TILES(2, 0)
+    for (; c < count; c++) TILES(1, 0)
+  }
+}
 // scores[s] = keys[s] . q for S keys of d numbers
 static void score(const float *keys, const float *q, float *scores, int64_t S, int64_t d) {
   int64_t from = 0;
-#ifdef FAST_SCORES
+#ifdef SIXTEEN_SUMS
   if (d % N == 0) for (; from + 16 <= S; from += 16) {
     vec sum[16];
     const vec q0 = *(const vec *)q;
