@@ -158,7 +158,7 @@ class DataConfig(Settings):
     tokenizer: Annotated[str, setting("auto, byte, char, bpe, gpt2, a tokenizer's folder or file, or its name on the hub. auto: bytes, or what vocab_size asks for.")] = "auto"
     vocab_size: Annotated[int | None, setting("Size of the vocabulary: below 256 characters, above it byte-level BPE; none follows the tokenizer.", ge=1, le=2**24, unit="tokens")] = None
     sequence_length: Annotated[int, setting("Length of a training window.", ge=1, le=2**20, unit="tokens", log=True)] = 256
-    max_samples: Annotated[int | None, setting("Use only the first so many documents.", ge=1, unit="documents")] = None
+    max_samples: Annotated[int | None, setting("Use only the first so many documents; Shakespeare is one for training.", ge=1, unit="documents")] = None
     val_fraction: Annotated[float, setting("Share of the documents held out, where the corpus has no split of its own.", gt=0, lt=1)] = 0.1
     split_seed: Annotated[int, setting("Seed of that split.", ge=0)] = 0
     order: Annotated[Literal["random", "shuffle"], setting("random: window starts drawn uniformly; shuffle: every window once per epoch, in a seeded order.")] = "random"

@@ -101,7 +101,7 @@ def plot_bits_per_byte(runs, baselines: dict[str, float] | None = None, x: str =
             if len(seeds) > 1: ax.fill_between(xs, low, high, color=style["color"], alpha=0.22 if part == "validation" else 0.1, linewidth=0)
             drawn.append((low, high))
     ax.set_xlabel(label, fontsize=10)
-    ax.set_ylabel(metric.replace("_", " "), fontsize=10)
+    ax.set_ylabel(METRICS[metric][0] if metric == "loss" else metric.replace("_", " "), fontsize=10)
     ax.xaxis.set_major_formatter(EngFormatter(sep=""))
     if title: ax.set_title(title, fontsize=11, loc="left")
     _frame(ax, drawn, baselines or {})
