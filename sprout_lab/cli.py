@@ -442,18 +442,22 @@ def runs_disk(root):
 @click.argument("family", default="transformer")
 @click.option("--nanogpt", metavar="DIR", help="A clone of nanoGPT, to measure beside the transformer.")
 @click.option("--simplified_slm", metavar="DIR", help="A clone of simplified_slm, to measure beside slm and hnet.")
-@click.option("--only", multiple=True, metavar="PART", help="Only these parts. transformer: training, decoding, tokenizer, quality; slm, hnet: scan (slm), training, generation, memory.")
+@click.option("--only", multiple=True, metavar="PART", help="Only these parts. transformer: training, decoding, tokenizer, quality; slm, hnet: scan (slm), training, generation, memory; sprout: training.")
 @click.option("--repeats", type=click.IntRange(1), default=5, show_default=True, help="Alternating repeats of each measurement.")
 @click.option("--output", metavar="FILE", help="Write the table as JSON too.")
 def bench_command(family, nanogpt, simplified_slm, only, repeats, output):
-    "Ratios of a family (transformer, slm or hnet) against named peers, side by side in one run, in CPU time."
+    "Ratios of a family against named peers, side by side in one run, in CPU time."
     from sprout_lab.families import get_family
+    entry, common = get_family(family), dict(only=only, repeats=repeats, output=output, say=click.echo)
     if family in ("slm", "hnet"):
         from sprout_lab.evaluation.recurrent_benchmarks import bench_recurrent
-        bench_recurrent(get_family(family), simplified_slm=simplified_slm, only=only, repeats=repeats, output=output, say=click.echo)
-        return
-    from sprout_lab.evaluation.benchmarks import bench
-    bench(get_family(family), nanogpt=nanogpt, only=only, repeats=repeats, output=output, say=click.echo)
+        bench_recurrent(entry, simplified_slm=simplified_slm, **common)
+    elif family == "sprout":
+        from sprout_lab.evaluation.tree_benchmarks import bench_trees
+        bench_trees(entry, **common)
+    else:
+        from sprout_lab.evaluation.benchmarks import bench
+        bench(entry, nanogpt=nanogpt, **common)
 
 @cli.command("doctor")
 def doctor_command():

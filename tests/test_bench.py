@@ -1,12 +1,15 @@
 """The benchmark's mechanism at toy sizes: what is compared, how it is written down, what is said of an absent peer. No times are asserted."""
 import json
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from sprout_lab.configs import ConfigError, preset_names, resolve
-from sprout_lab.evaluation import benchmarks
+from sprout_lab.evaluation import benchmarks, recurrent_benchmarks
 from sprout_lab.evaluation.benchmarks import Row, Shape, bench, bench_rows, bench_table, compare, loss_at, one_thread, plot_bench, plot_quality, quality_rows, read_bench, side_by_side, time_to
 from sprout_lab.families import get_family
+from sprout_lab.kernels import build
 
 TINY = Shape("tiny", 2, 2, 32, 64, 16, 2)
 
@@ -145,8 +148,97 @@ def test_presets_of_the_recipes(family):
 
 
 def test_the_study_is_readable():
-    from pathlib import Path
     study = Path(__file__).parents[1] / "studies" / "transformer_bench.json"
     assert study.exists(), "the benchmark notes belong to the repository"
     rows = bench_rows(read_bench(study))
     assert rows and all(isinstance(r, Row) for r in rows) and bench_table(rows)
+
+
+# ---- the recurrent models -----------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def tiny_recurrent(monkeypatch):
+    "The parts of the recurrent models' benchmark at sizes that take a moment."
+    parts = {"scan": lambda f, peer, n: recurrent_benchmarks.bench_scan(f, peer, n, shape=(2, 8, 16), narrow=4, lengths=(8, 16)),
+             "training": lambda f, peer, n: recurrent_benchmarks.bench_training(f, peer, n, size="nano", batches=((1, 8), (2, 8))),
+             "generation": lambda f, peer, n: recurrent_benchmarks.bench_generation(f, peer, n, sizes=["nano"], new=6, few=2),
+             "memory": lambda f, peer, n: recurrent_benchmarks.bench_memory(f, peer, n, size="nano", lengths=(16,))}
+    monkeypatch.setattr(recurrent_benchmarks, "RECURRENT_PARTS", {"slm": parts, "hnet": {name: parts[name] for name in ("training", "generation", "memory")}})
+
+
+@pytest.fixture
+def prototype(tmp_path):
+    "A stand-in with the prototype's interface: bigrams, and a scan in its order of arguments and dimensions."
+    folder = tmp_path / "simplified_slm"
+    for name in ("layers", "models", "ops/hgrn"): (folder / name).mkdir(parents=True)
+    for name in ("__init__.py", "layers/hgrn_bit.py", "ops/__init__.py"): (folder / name).write_text("")
+    (folder / "ops/hgrn/__init__.py").write_text('''
+import torch
+def fused_recurrent_hgrn(x, g, initial_state=None, output_final_state=False):
+    h, states = 0, []
+    for t in range(x.shape[2]):
+        h = g[:, :, t] * h + x[:, :, t]
+        states.append(h)
+    return torch.stack(states, 2), None
+''')
+    (folder / "models/__init__.py").write_text('''
+from types import SimpleNamespace
+import torch
+from torch import nn
+class SimplifiedSLMConfig(SimpleNamespace): pass
+class HNetBitConfig(SimpleNamespace): pass
+class SimplifiedSLMForCausalLM(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.table = config, nn.Embedding(config.vocab_size, config.vocab_size)
+    def forward(self, input_ids, labels=None, past_key_values=None, use_cache=None):
+        logits = self.table(input_ids)
+        loss = None if labels is None else nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return SimpleNamespace(logits=logits, loss=loss, past_key_values=())
+HNetBitForCausalLM = SimplifiedSLMForCausalLM
+''')
+    yield folder
+    for name in [name for name in sys.modules if name.split(".")[0] == "simplified_slm"]: del sys.modules[name]
+
+
+@pytest.mark.parametrize("name", ("slm", "hnet"))
+def test_recurrent_models_without_a_peer(name, tiny_recurrent, tmp_path):
+    said, file = [], tmp_path / "bench.json"
+    rows = recurrent_benchmarks.bench_recurrent(get_family(name), repeats=1, output=file, say=said.append)
+    text = "\n".join(said)
+    assert "prototype: absent" in text and ("matmulfreellm" if name == "slm" else "goombalab/hnet") + ": absent" in text
+    assert {r.against for r in rows if r.value is None} == {"prototype", *recurrent_benchmarks.ABSENT[name]}
+    assert all(r.value for r in rows if r.value is not None) and {"eager fp32", "state"} <= {r.against for r in rows}
+    recurrent_benchmarks.bench_recurrent(get_family(name), only=["memory"], repeats=1, output=file, say=said.append)
+    content = read_bench(file)
+    assert list(content["parts"]) == [f"{name} {part}" for part in recurrent_benchmarks.RECURRENT_PARTS[name]] and bench_rows(content)[:2] == rows[:2]
+
+
+def test_recurrent_models_beside_a_peer(tiny_recurrent, prototype):
+    rows = recurrent_benchmarks.bench_recurrent(get_family("slm"), simplified_slm=prototype, only=["scan", "training", "generation"], repeats=1, say=lambda words: None)
+    measured = [r for r in rows if r.against == "prototype"]
+    assert len(measured) == 7 and all(r.ratio > 0 for r in measured) and sum(r.target is not None for r in measured) == 5
+
+
+def test_measures_of_recurrent_models_compute_the_same():
+    "The eager form and the one without a compiler are the model, but for activations that round the other way; what they change is put back."
+    model = get_family("slm").build(hidden_size=32, num_hidden_layers=1).eval()
+    ids = torch.randint(256, (1, 12), generator=torch.Generator().manual_seed(0))
+    libraries = build._libraries
+    with torch.no_grad():
+        want = model(ids).logits
+        with recurrent_benchmarks.plain_torch(): plain, slow = model(ids).logits, recurrent_benchmarks.eager(model)(ids).logits
+    assert build._libraries is libraries
+    for got in (plain, slow): torch.testing.assert_close(got, want, rtol=0, atol=2e-2)
+
+
+def test_mistakes_about_the_prototype_are_one_line(prototype):
+    for folder in ("/nowhere", prototype.parent):
+        with pytest.raises(ConfigError, match="is not a clone of simplified_slm"): recurrent_benchmarks.load_simplified_slm(folder)
+    (prototype / "models" / "__init__.py").write_text("import a_package_that_is_not_there")
+    with pytest.raises(ConfigError, match="cannot be imported"): recurrent_benchmarks.load_simplified_slm(prototype)
+
+
+def test_the_recurrent_study_is_readable():
+    rows = bench_rows(read_bench(Path(__file__).parents[1] / "studies" / "slm_bench.json"))
+    assert {r.part for r in rows} == {"scan", "training", "generation", "memory"} and bench_table(rows)

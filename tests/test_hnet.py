@@ -259,6 +259,7 @@ def test_presets_and_the_guides_format(tmp_path):
     assert {k: round(v, 1) for k, v in millions.items() if k.startswith("hnet_bit")} == {"hnet_bit_1stage": 21.4, "hnet_bit_2stage": 189.7}
     assert {k: round(millions[k]) for k in ("nano", "mini", "small", "base")} == {"nano": 1, "mini": 10, "small": 29, "base": 100}
     nano = {k: v for k, v in read_preset("hnet", "nano").items() if k in HNetBitConfig.settings.model_fields}
+    assert (HNetBitConfig().ratio_loss_weight, nano.pop("ratio_loss_weight")) == (0.03, 0.3)   # the guide's own weight is the default
     assert HNetBitConfig().to_dict() == HNetBitConfig(**nano).to_dict()
     (tmp_path / "mine.json").write_text(json.dumps({
         "model_type": "hnet_bit", "vocab_size": 256, "d_model": [384, 512, 768], "num_blocks": [[3, 0, 3], [3, 0, 3], [6]], "num_heads": 1, "expand_ratio": 1,

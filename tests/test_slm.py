@@ -222,7 +222,7 @@ def test_presets_and_the_guides_format(tmp_path):
     for name in preset_names("slm"):
         run = resolve("slm", SLMConfig, presets=[name])
         with torch.device("meta"): millions[name] = sum(p.numel() for p in SimplifiedSLMForCausalLM(SLMConfig(**run.model)).parameters()) / 1e6
-    assert {k: round(v) for k, v in millions.items()} == {"nano": 1, "mini": 10, "small": 31, "base": 100, "guide": 21, "slm_base": 21}
+    assert {k: round(v) for k, v in millions.items()} == {"nano": 1, "mini": 10, "small": 31, "base": 100, "guide": 21, "slm_base": 21, "training_flat_tinystories": 21}
     assert round(millions["slm_base"], 1) == 20.7
     nano = {k: v for k, v in read_preset("slm", "nano").items() if k in SLMConfig.settings.model_fields}
     assert SLMConfig().to_dict() == SLMConfig(**nano).to_dict()                                        # the class's defaults are nano's

@@ -7,7 +7,7 @@ __all__ = ['SHAPES', 'SPRINT', 'PARTS', 'one_thread', 'side_by_side', 'Row', 'co
            'build_nanogpt', 'Shape', 'build_ours', 'training_step', 'bench_training', 'decode_greedily',
            'bench_decoding', 'peer_encoders', 'bench_tokenizer', 'score', 'Clock', 'scoring_steps', 'time_to',
            'loss_at', 'train_ours', 'train_nanogpt', 'mean_and_spread', 'bench_quality', 'quality_rows', 'machine',
-           'read_bench', 'bench_rows', 'bench', 'plot_bench', 'plot_quality']
+           'read_bench', 'bench_rows', 'measure', 'bench', 'plot_bench', 'plot_quality']
 
 # %% ../../nbs/evaluation/benchmarks.ipynb #a1f291a2
 import contextlib
@@ -413,36 +413,44 @@ def bench_rows(content: dict) -> list[Row]:
     "The rows of such a file."
     return [Row(**{k: v for k, v in row.items() if k != "met"}) for part in content["parts"].values() for row in part["rows"]]
 
-def bench(family, nanogpt=None, only=(), repeats: int = 5, output=None, say=print) -> list[Row]:
-    """Measure `family` (an entry of the register) against its named peers, on one thread; say the table and, with `output`, write it as JSON.
+def measure(parts: dict[str, Callable], load_peer: Callable, *, only=(), usual=None, repeats: int = 5, output=None, benchmark: str, prefix: str = "", say=print) -> list[Row]:
+    """Measure some `parts` (name → function of (peer, repeats) that gives rows) on one thread, say the table, and with `output` write it as JSON under `prefix` and the part's name.
 
-    `nanogpt`: folder of a clone. `only`: some of training, decoding, tokenizer, quality; by default the first three. `repeats`: rounds of each measurement.
-    In an `output` that exists, the parts measured now replace their earlier ones, and the others stay."""
-    if family.name != "transformer": raise ConfigError(f"family={family.name!r}: only the transformer has a benchmark against named peers; compare it by its runs: sprout-lab evaluate --compare")
+    `load_peer()`: the peer, called when everything else was checked; none where it is absent. `only`: names of parts; without them the `usual` ones, or all. In an `output` that exists, the parts measured
+    now replace their earlier ones, and the others stay; each part is written when it is done."""
     for name in only:
-        if name not in PARTS: raise ConfigError(f"only={name!r}: one of {', '.join(PARTS)} is needed{nearest(name, PARTS)}")
+        if name not in parts: raise ConfigError(f"only={name!r}: one of {', '.join(parts)} is needed{nearest(name, parts)}")
     if repeats < 1: raise ConfigError(f"repeats={repeats}: at least 1 is needed")
-    if output and not Path(output).expanduser().resolve().parent.is_dir(): raise ConfigError(f"{output}: its folder does not exist; make it first")
-    if output and Path(output).expanduser().exists(): read_bench(output)
-    peer = load_nanogpt(nanogpt)
+    path = Path(output).expanduser() if output else None
+    if path and not path.resolve().parent.is_dir(): raise ConfigError(f"{output}: its folder does not exist; make it first")
+    if path and path.exists(): read_bench(path)
+    peer = load_peer()
     say("CPU seconds of one thread; sides alternate; median of paired ratios and their range")
-    if peer is None: say("nanoGPT: absent (--nanogpt DIR names a clone)")
     rows = []
     with one_thread():
-        for name in only or ("training", "decoding", "tokenizer"):
+        for name in only or usual or parts:
             say(f"measuring {name}")
-            rows += PARTS[name](family, peer, repeats)
+            measured = parts[name](peer, repeats)
+            rows += measured
+            if path is None: continue
+            held = read_bench(path)["parts"] if path.exists() else {}
+            held[prefix + name] = {"date": time.strftime("%Y-%m-%d", time.gmtime()), "machine": machine(), "repeats": repeats, "rows": [{**asdict(row), "met": row.met} for row in measured]}
+            path.write_text(json.dumps({"benchmark": benchmark, "parts": held}, indent=1) + "\n", encoding="utf-8")
     say(bench_table(rows))
     for row in rows:
         if row.part == "quality": say(f"{row.what}: {row.note}")
-    if output:
-        path, today = Path(output).expanduser(), time.strftime("%Y-%m-%d", time.gmtime())
-        parts = read_bench(path)["parts"] if path.exists() else {}
-        for name in dict.fromkeys(row.part for row in rows):
-            parts[name] = {"date": today, "machine": machine(), "repeats": repeats, "rows": [{**asdict(r), "met": r.met} for r in rows if r.part == name]}
-        path.write_text(json.dumps({"benchmark": family.name, "parts": parts}, indent=1) + "\n", encoding="utf-8")
-        say(f"written: {output}")
+    if path: say(f"written: {output}")
     return rows
+
+def bench(family, nanogpt=None, only=(), repeats: int = 5, output=None, say=print) -> list[Row]:
+    """Measure the transformer against its named peers: see `measure`. `nanogpt`: folder of a clone. `only`: some of training, decoding, tokenizer, quality; by default the first three."""
+    if family.name != "transformer": raise ConfigError(f"family={family.name!r}: is measured by another function; `sprout-lab bench {family.name}` finds it")
+    def peer():
+        module = load_nanogpt(nanogpt)
+        if module is None: say("nanoGPT: absent (--nanogpt DIR names a clone)")
+        return module
+    parts = {name: (lambda peer, repeats, part=part: part(family, peer, repeats)) for name, part in PARTS.items()}
+    return measure(parts, peer, only=only, usual=("training", "decoding", "tokenizer"), repeats=repeats, output=output, benchmark=family.name, say=say)
 
 # %% ../../nbs/evaluation/benchmarks.ipynb #df4faf59
 def plot_bench(rows: list[Row]):

@@ -9,26 +9,24 @@ __all__ = ['SHAPES', 'ABSENT', 'RECURRENT_PARTS', 'load_simplified_slm', 'build_
 
 # %% ../../nbs/evaluation/recurrent_benchmarks.ipynb #c598b051
 import contextlib
+import ctypes
 import importlib
-import json
 import logging
 import sys
 import tempfile
-import time
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 from torch import nn
 
-from ..configs import ConfigError, TrainingConfig, nearest
+from ..configs import ConfigError, TrainingConfig
 from ..decoding.engine import Engine
-from .benchmarks import Row, bench_table, compare, decode_greedily, machine, one_thread, read_bench, side_by_side, training_step
+from .benchmarks import bench_table, compare, decode_greedily, machine, measure, Row, side_by_side, training_step
 from ..kernels import build
 from ..kernels.bitlinear import bit_linear_reference
-from ..kernels.scan import gated_scan
+from ..kernels.scan import SCAN_C, gated_scan
 from ..models.slm import BitLinear, HGRNBitAttention
 from ..models.ternary import export_ternary, load_ternary
 from ..models.transformer import TransformerConfig, TransformerForCausalLM
@@ -77,14 +75,17 @@ def eager(model) -> nn.Module:
     return model
 
 # %% ../../nbs/evaluation/recurrent_benchmarks.ipynb #1d446103
-def bench_scan(family=None, peer=None, repeats: int = 5, shape=(8, 512, 512), lengths=(256, 4096)) -> list[Row]:
+def bench_scan(family=None, peer=None, repeats: int = 5, shape=(8, 512, 512), narrow: int = 64, lengths=(4096, 16384)) -> list[Row]:
     "The gated recurrence: bandwidth, against a loop, linearity, and against the prototype's."
     batch, length, width = shape
-    def arrays(length): return torch.rand(batch, length, width), torch.randn(batch, length, width), torch.randn(batch, length, width)
-    f, i, g = arrays(length)
-    out, row = torch.empty_like(f), f[:, :1].expand_as(f)
+    def arrays(batch, length, width): return torch.rand(batch, length, width), torch.randn(batch, length, width), torch.randn(batch, length, width)
+    f, i, g = arrays(*shape)
+    row, kept, library = f[:, :1].expand_as(f), torch.empty_like(f), build.load_c(SCAN_C, "scan")
     def forward():
         with torch.no_grad(): gated_scan(f, i)
+    def kernel():
+        if library is None: return forward()
+        library.scan_forward(*map(build.pointer, (f, i, None, None, kept)), *map(ctypes.c_int64, (length, width, 0, batch)))
     def both(scan, f=f, i=i, g=g):
         a, b = f.detach().requires_grad_(), i.detach().requires_grad_()
         torch.autograd.grad(scan(a, b), (a, b), g)
@@ -92,14 +93,15 @@ def bench_scan(family=None, peer=None, repeats: int = 5, shape=(8, 512, 512), le
     again = lambda run: lambda: [run() for _ in range(times)]
     loop, ours = lambda a, b: gated_scan(a, b, backend="reference")[0], lambda a, b: gated_scan(a, b)[0]
     where, cost = "×".join(map(str, shape)), dict(amount=times, unit="calls/s")
-    seconds = side_by_side({"scan": again(forward), "triad": again(lambda: torch.addcmul(i, f, row, out=out))}, 2 * repeats)
-    rows = [compare("scan", f"{where}, forward", seconds, "scan", "triad", target=">= 0.8", note="share of the triad's bandwidth", **cost)]
+    seconds = side_by_side({"kernel": again(kernel), "gated_scan": again(forward), "triad": again(lambda: torch.addcmul(i, f, row, out=kept))}, 2 * repeats)
+    rows = [compare("scan", f"{where}, forward", seconds, "kernel", "triad", target=">= 0.8", note="share of the triad's bandwidth, both into memory that is there", **cost),
+            compare("scan", f"{where}, forward", seconds, "gated_scan", "triad", note="with memory for its result", **cost)]
     seconds = side_by_side({"scan": again(lambda: both(ours)), "loop over unbind": again(lambda: both(loop))}, repeats)
     rows.append(compare("scan", f"{where}, forward + backward", seconds, "scan", "loop over unbind", target=">= 4", **cost))
-    short, long = (arrays(n) for n in lengths)
+    short, long = (arrays(1, n, narrow) for n in lengths)
     many = lengths[1] // lengths[0]
     seconds = side_by_side({f"T={lengths[1]}": lambda: both(ours, *long), f"T={lengths[0]}": lambda: [both(ours, *short) for _ in range(many)]}, repeats)
-    rows.append(compare("scan", f"{batch}×T×{width}, forward + backward, cost per step", seconds, f"T={lengths[1]}", f"T={lengths[0]}", amount=lengths[1], cost=True, target="<= 1.25", note="linear in the length means 1"))
+    rows.append(compare("scan", f"1×T×{narrow}, forward + backward, cost per step", seconds, f"T={lengths[1]}", f"T={lengths[0]}", amount=lengths[1], cost=True, target="<= 1.25", note="linear in the length means 1"))
     sides = {"scan": again(lambda: both(ours))}
     if peer is not None: sides["prototype"] = lambda: both(lambda a, b: peer.scan(a, b).squeeze(1))
     seconds = side_by_side(sides, repeats)
@@ -118,7 +120,7 @@ def matrix_products(model, tokens: int, dtype=torch.float32) -> Callable:
             x @ w.t(), g @ w, g.t() @ x
     return run
 
-def bench_training(family, peer=None, repeats: int = 5, size: str | None = None, batches=((8, 512), (32, 512)), slow_rounds: int = 1) -> list[Row]:
+def bench_training(family, peer=None, repeats: int = 5, size: str | None = None, batches=((8, 512), (32, 512)), slow_rounds: int = 2) -> list[Row]:
     """Tokens per CPU second of training, ours in float32 and with int8 forward under bf16, against the prototype in float32. `slow_rounds`: rounds of all but the first of `batches`, without a warming-up: a step of the
     prototype then takes minutes."""
     size, rows = size or SHAPES[family.name], []
@@ -146,8 +148,8 @@ def bench_training(family, peer=None, repeats: int = 5, size: str | None = None,
         rows.append(Row("training", f"{size}, {batches[0][0]}×{batches[0][1]}", "ours", name, "tokens/s", note=f"{name}: absent, {why}"))
     return rows
 
-ABSENT = {"slm": {"ridgerchu/matmulfreellm": "its layers are Triton kernels and run on a GPU only"},
-          "hnet": {"goombalab/hnet": "its Mamba-2 and attention layers come from mamba_ssm and flash_attn and run on a GPU only"}}
+ABSENT = {"slm": {"ridgerchu/matmulfreellm": "needs a GPU (Triton)"},
+          "hnet": {"goombalab/hnet": "needs a GPU (mamba_ssm, flash_attn)"}}
 
 # %% ../../nbs/evaluation/recurrent_benchmarks.ipynb #27f8a170
 def decode_prototype(model, prompt: list[int], new: int) -> list[int]:
@@ -160,8 +162,11 @@ def decode_prototype(model, prompt: list[int], new: int) -> list[int]:
             written.append(output.logits[:, -1:].argmax(-1))
     return torch.cat(written, 1)[0].tolist()
 
-def bench_generation(family, peer=None, repeats: int = 5, size: str = "mini", new: int = 200, few: int = 20) -> list[Row]:
-    "Bytes per CPU second from one prompt, `new` of them, and `few` of the slow sides."
+def bench_generation(family, peer=None, repeats: int = 5, sizes=None, new: int = 200, few: int = 20) -> list[Row]:
+    "Bytes per CPU second from one prompt, `new` of them, and `few` of the slow sides, at about 10 M parameters and at the guide's size."
+    return [row for size in sizes or ("mini", SHAPES[family.name]) for row in _generation(family, peer, repeats, size, new, few)]
+
+def _generation(family, peer, repeats, size, new, few) -> list[Row]:
     prompt = list(b"To be, or not to be")
     torch.manual_seed(0)
     model, slow = family.build(size).eval(), family.build(size).eval()
@@ -210,8 +215,8 @@ def bench_memory(family, peer=None, repeats: int = 5, size: str | None = None, l
         transformer = TransformerForCausalLM(TransformerConfig(**shape, max_position_embeddings=length)).eval()
         with torch.inference_mode(): cache = transformer(torch.zeros(1, length, dtype=torch.long), use_cache=True, logits_to_keep=1).past_key_values
         keys = sum(t[:, :, :layer.length].numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
-        rows.append(Row("memory", f"{size}, state after {length} bytes", "ours", "key-value cache", "bytes", state, keys, state / keys, state / keys, state / keys, rounds=1,
-                        note=f"of a Transformer of {config.num_hidden_layers} layers, {config.hidden_size} wide, float32"))
+        rows.append(Row("memory", f"{size}, after {length} bytes", "key-value cache", "state", "bytes", keys, state, keys / state, keys / state, keys / state, rounds=1,
+                        note=f"cache of a Transformer of {config.num_hidden_layers} layers, {config.hidden_size} wide, float32"))
     with tempfile.TemporaryDirectory() as folder: file = export_ternary(model, folder, torch.float16).stat().st_size
     half = 2 * sum(p.numel() for p in model.parameters())
     return [*rows, Row("memory", f"{size}, exported file: fp16 over ternary", "fp16", "ternary", "bytes", half, file, half / file, half / file, half / file, ">= 8", 1, note="embedding, head, norms and router stay floats, here fp16")]
@@ -221,31 +226,12 @@ RECURRENT_PARTS = {"slm": {"scan": bench_scan, "training": bench_training, "gene
                    "hnet": {"training": bench_training, "generation": bench_generation, "memory": bench_memory}}
 
 def bench_recurrent(family, simplified_slm=None, only=(), repeats: int = 5, output=None, say=print) -> list[Row]:
-    """Measure `family`, slm or hnet, on one thread; say the table and, with `output`, write it as JSON.
-
-    `simplified_slm`: folder of a clone of the prototype. `only`: some of the family's `RECURRENT_PARTS`. `repeats`: rounds of each measurement. In an `output` that exists, the parts measured now replace their earlier
-    ones, and the others stay; the two families' parts stand in one file under names of their own."""
+    """Measure slm or hnet against its named peers: see `measure`. `simplified_slm`: folder of a clone of the prototype. `only`: some of the family's `RECURRENT_PARTS`. The two families' parts stand in one file
+    under names of their own."""
     if family.name not in RECURRENT_PARTS: raise ConfigError(f"family={family.name!r}: one of {', '.join(RECURRENT_PARTS)} is needed")
-    parts = RECURRENT_PARTS[family.name]
-    for name in only:
-        if name not in parts: raise ConfigError(f"only={name!r}: one of {', '.join(parts)} is needed{nearest(name, parts)}")
-    if repeats < 1: raise ConfigError(f"repeats={repeats}: at least 1 is needed")
-    path = Path(output).expanduser() if output else None
-    if path and not path.resolve().parent.is_dir(): raise ConfigError(f"{output}: its folder does not exist; make it first")
-    if path and path.exists(): read_bench(path)
-    peer = load_simplified_slm(simplified_slm)
-    say("CPU seconds of one thread; sides alternate; median of paired ratios and their range")
-    if peer is None: say("prototype: absent (--simplified_slm DIR names a clone)")
-    rows = []
-    with one_thread():
-        for name in only or parts:
-            say(f"measuring {name}")
-            measured = parts[name](family, peer, repeats)
-            rows += measured
-            if path:
-                held = read_bench(path)["parts"] if path.exists() else {}
-                held[f"{family.name} {name}"] = {"date": time.strftime("%Y-%m-%d", time.gmtime()), "machine": machine(), "repeats": repeats, "rows": [{**asdict(r), "met": r.met} for r in measured]}
-                path.write_text(json.dumps({"benchmark": "slm", "parts": held}, indent=1) + "\n", encoding="utf-8")
-    say(bench_table(rows))
-    if path: say(f"written: {output}")
-    return rows
+    def peer():
+        module = load_simplified_slm(simplified_slm)
+        if module is None: say("prototype: absent (--simplified_slm DIR names a clone)")
+        return module
+    parts = {name: (lambda peer, repeats, part=part: part(family, peer, repeats)) for name, part in RECURRENT_PARTS[family.name].items()}
+    return measure(parts, peer, only=only, repeats=repeats, output=output, benchmark="slm", prefix=f"{family.name} ", say=say)

@@ -264,7 +264,7 @@ class _BitLinear(torch.autograd.Function):
         g = g.reshape(-1, g.shape[-1])
         with torch.autocast(g.device.type, enabled=False):
             if ctx.needs_input_grad[1]:
-                dw = ((g * scale.unsqueeze(-1)).to(ctx.dtype).t() @ codes.to(ctx.dtype)).to(ctx.dtypes[1])
+                dw = (g.to(ctx.dtype).t() @ (codes * scale.unsqueeze(-1)).to(ctx.dtype)).to(ctx.dtypes[1])
             if ctx.needs_input_grad[0] or ctx.needs_input_grad[2]:
                 da = (g.to(ctx.dtype) @ weight_codes.to(ctx.dtype)).float()
                 dx, dgain = _norm_backward_op(flat, gain, rstd, da, weight_scale, ctx.backend)

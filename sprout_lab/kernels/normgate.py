@@ -218,6 +218,9 @@ def norm_gate(g: Tensor, h: Tensor, weight: Tensor, eps: float = 1e-6, backend: 
     if backend == "reference":
         wide = torch.float64 if g.dtype == torch.float64 else torch.float32
         return norm_gate_reference(g.to(wide), h.to(wide), weight.to(wide), eps).to(g.dtype)
+    if not torch.is_grad_enabled() and not torch.compiler.is_compiling():   # decoding: an operator's dispatch would take most of the time
+        flat = [t.reshape(-1, t.shape[-1]).float().contiguous() for t in (g, h)]
+        return _forward[backend](*flat, weight.float().contiguous(), eps)[0].view(g.shape).to(g.dtype)
     return _NormGate.apply(g, h, weight, eps, backend).to(g.dtype)
 
 # %% ../../nbs/kernels/normgate.ipynb #980a923a
@@ -245,8 +248,7 @@ def _silu_gate_backward_kernel(x, dy, dx, M, BLOCK: constexpr):
     tl.store(dx + n * 2 * M + d, g * b * s * (1.0 + a - a * s), mask=inside)
     tl.store(dx + n * 2 * M + M + d, g * a * s, mask=inside)
 
-@custom_op("silu_gate_forward")
-def _silu_gate_op(x: Tensor, backend: str) -> Tensor:
+def _silu_gate(x, backend):
     rows, width = x.shape[0], x.shape[1] // 2
     if backend == "torch": return silu_gate_reference(x)
     y = x.new_empty(rows, width)
@@ -255,6 +257,9 @@ def _silu_gate_op(x: Tensor, backend: str) -> Tensor:
         library = load_c(NORMGATE_C, "normgate")
         split_rows(lambda start, stop: library.silu_gate_forward(pointer(x), pointer(y), *map(ctypes.c_int64, (width, start, stop))), rows, x.numel())
     return y
+
+@custom_op("silu_gate_forward")
+def _silu_gate_op(x: Tensor, backend: str) -> Tensor: return _silu_gate(x, backend)
 
 @_silu_gate_op.register_fake
 def _(x, backend): return x.new_empty(x.shape[0], x.shape[1] // 2)
@@ -295,4 +300,5 @@ def silu_gate(x: Tensor, backend: str = "auto") -> Tensor:
     "$silu(a) ⊙ b$ for `x = [a, b]` `(..., 2M)` → `(..., M)` in `x`'s dtype, computed in float32 or float64. (SwiGLU: Shazeer, 2020, equation 6.)"
     backend = choose_backend(backend, x, NORMGATE_C, "normgate")
     if backend == "reference": return silu_gate_reference(x if x.dtype == torch.float64 else x.float()).to(x.dtype)
+    if not torch.is_grad_enabled() and not torch.compiler.is_compiling(): return _silu_gate(x.reshape(-1, x.shape[-1]).float().contiguous(), backend).view(*x.shape[:-1], -1).to(x.dtype)
     return _SiLUGate.apply(x, backend).to(x.dtype)

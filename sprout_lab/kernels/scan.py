@@ -35,7 +35,29 @@ def scan_reference(f: Tensor, i: Tensor, h0: Tensor | None = None, reset: Tensor
 # %% ../../nbs/kernels/scan.ipynb #d42695d4
 SCAN_C = r"""
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#define LANES 16
+#define VEC __m512
+#define LOAD _mm512_loadu_ps
+#define STORE _mm512_storeu_ps
+#define STREAM _mm512_stream_ps
+#define ADD _mm512_add_ps
+#define MUL _mm512_mul_ps
+#define ZERO _mm512_setzero_ps
+#elif defined(__AVX__)
+#include <immintrin.h>
+#define LANES 8
+#define VEC __m256
+#define LOAD _mm256_loadu_ps
+#define STORE _mm256_storeu_ps
+#define STREAM _mm256_stream_ps
+#define ADD _mm256_add_ps
+#define MUL _mm256_mul_ps
+#define ZERO _mm256_setzero_ps
+#endif
 // f, i, h: [batch][T][D]; h0: [batch][D] or null; reset: [batch][T] or null; rows from .. to of the batch
 void scan_forward(const float *restrict f, const float *restrict i, const float *h0, const uint8_t *reset, float *restrict h,
                   int64_t T, int64_t D, int64_t from, int64_t to) {
@@ -54,8 +76,39 @@ void scan_forward(const float *restrict f, const float *restrict i, const float 
     }
   }
 }
+#ifdef LANES
+// One row of the batch. What is written is larger than the caches: it goes past them, and is not read before it is overwritten. carry: f[t+1] times the gradient at t+1, zeros in the beginning.
+static void backward_streaming(const float *restrict f, const float *restrict h, const float *h0, const uint8_t *reset, const float *restrict g,
+                               float *restrict df, float *restrict di, float *restrict carry, int64_t T, int64_t D) {
+  for (int64_t t = T - 1; t >= 0; t--) {
+    const float *gt = g + t * D, *ft = f + t * D, *before = t ? h + t * D - D : h0;
+    float *dit = di + t * D, *dft = df + t * D;
+    const int starts = reset && reset[t], keep = before && !starts;
+    for (int64_t d = 0; d < D; d += LANES) {
+      const VEC delta = ADD(LOAD(gt + d), LOAD(carry + d));
+      STREAM(dit + d, delta);
+      STREAM(dft + d, keep ? MUL(delta, LOAD(before + d)) : ZERO());
+      STORE(carry + d, starts ? ZERO() : MUL(LOAD(ft + d), delta));
+    }
+  }
+  _mm_sfence();
+}
+#endif
 void scan_backward(const float *restrict f, const float *restrict h, const float *h0, const uint8_t *reset, const float *restrict g,
-                   float *restrict df, float *restrict di, float *dh0, int64_t T, int64_t D, int64_t from, int64_t to) {
+                   float *restrict df, float *restrict di, float *dh0, int64_t T, int64_t D, int64_t from, int64_t to, int64_t large) {
+#ifdef LANES
+  float *carry = large && D % LANES == 0 && ((uintptr_t)df | (uintptr_t)di) % (4 * LANES) == 0 ? malloc(D * sizeof(float)) : 0;
+  if (carry) {
+    for (int64_t b = from; b < to; b++) {
+      const int64_t at = b * T * D;
+      memset(carry, 0, D * sizeof(float));
+      backward_streaming(f + at, h + at, h0 ? h0 + b * D : 0, reset ? reset + b * T : 0, g + at, df + at, di + at, carry, T, D);
+      if (dh0) memcpy(dh0 + b * D, carry, D * sizeof(float));
+    }
+    free(carry);
+    return;
+  }
+#endif
   for (int64_t b = from; b < to; b++) {
     for (int64_t t = T - 1; t >= 0; t--) {
       const int64_t at = (b * T + t) * D;
@@ -89,12 +142,14 @@ def _c_forward(f, i, h0, reset):
     split_rows(rows, batch, f.numel())
     return h
 
+_LARGE = 2 ** 20   # numbers from which two gradients do not fit a core's cache anyway
+
 def _c_backward(f, h, h0, reset, g):
     library, (batch, length, width) = load_c(SCAN_C, "scan"), f.shape
     df, di, dh0 = torch.empty_like(f), torch.empty_like(f), None if h0 is None else torch.empty_like(h0)
     def rows(start, stop):
         library.scan_backward(pointer(f), pointer(h), pointer(h0), pointer(reset), pointer(g), pointer(df), pointer(di), pointer(dh0),
-                              *map(ctypes.c_int64, (length, width, start, stop)))
+                              *map(ctypes.c_int64, (length, width, start, stop, f.numel() >= _LARGE)))
     split_rows(rows, batch, f.numel())
     return df, di, dh0
 

@@ -172,7 +172,7 @@ def ternary_linear(x: Tensor, weight: TernaryWeight, norm_weight: Tensor, eps: f
     codes, scale = quantize_activations(x, norm_weight, eps, backend)
     flat = codes.view(-1, weight.width)
     if x.dtype == torch.float64: sums = flat.double() @ weight.codes.double().t()
-    elif flat.shape[0] <= TernaryWeight.FEW: sums = ternary_matmul(flat, weight.packed, backend)
+    elif flat.shape[0] <= TernaryWeight.FEW and choose_backend(backend, flat, TERNARY_C, "ternary") != "torch": sums = ternary_matmul(flat, weight.packed, backend)
     else: sums = integer_matmul(flat, weight.codes)
     return rescale(sums, scale.view(-1), weight.scale.to(scale.dtype), x.dtype).view(*x.shape[:-1], -1)
 

@@ -38,7 +38,7 @@ def _levels(value):
     try:
         if isinstance(value, str): value = json.loads(value)
         if isinstance(value, (list, tuple)): return [_levels(v) if isinstance(v, (list, tuple)) or isinstance(v, str) else v for v in value]
-    except json.JSONDecodeError: pass   # what it is instead is reported by its type
+    except (ValueError, RecursionError): pass   # what it is instead is reported by its type
     return value
 
 class HNetBitConfig(ModelConfig):
