@@ -213,6 +213,12 @@ def test_learning_rates_per_stage():
     assert {p.lr_scale for n, p in model.named_parameters() if "inner." in n} == {1.0}
     assert {p.lr_scale for n, p in model.named_parameters() if "inner." not in n} == {2.0}
     assert not hasattr(next(small().parameters()), "lr_scale")
+    from sprout_lab.configs import TrainingConfig
+    from sprout_lab.trainers.optimizers import build_optimizer
+    for optimizer in ("adamw", "muon"):   # every parameter stands in a group of its own factor, once
+        groups = build_optimizer(model, TrainingConfig(optimizer=optimizer)).param_groups
+        assert {id(p): g["lr_scale"] for g in groups for p in g["params"]} == {id(p): p.lr_scale for p in model.parameters()}
+        assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
 
 
 WORKER = """

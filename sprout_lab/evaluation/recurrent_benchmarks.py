@@ -23,7 +23,7 @@ from torch import nn
 
 from ..configs import ConfigError, TrainingConfig
 from ..decoding.engine import Engine
-from .benchmarks import bench_table, compare, decode_greedily, machine, measure, Row, side_by_side, training_step
+from .benchmarks import Row, compare, decode_greedily, measure, side_by_side, training_step
 from ..kernels import build
 from ..kernels.bitlinear import bit_linear_reference
 from ..kernels.scan import SCAN_C, gated_scan

@@ -72,8 +72,9 @@ def _orthogonal(gradient: torch.Tensor) -> torch.Tensor:
     return distribute_tensor(newton_schulz(gradient.full_tensor()).to(gradient.dtype).contiguous(), gradient.device_mesh, gradient.placements)
 
 def muon(params, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-    "torch's Muon, or the plain one where torch is older or the matrices are split over processes."
-    divided = any(hasattr(p, "device_mesh") for p in params)
+    "torch's Muon for matrices or groups of them, or the plain one where torch is older or the matrices are split over processes."
+    groups = [group if isinstance(group, dict) else {"params": [group]} for group in params]
+    divided = any(hasattr(p, "device_mesh") for group in groups for p in group["params"])
     if hasattr(torch.optim, "Muon") and not divided: return torch.optim.Muon(params, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
     return PlainMuon(params, lr=lr, weight_decay=weight_decay)
 
@@ -122,7 +123,8 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Opt
     split = [{**group, "params": [p for p in group["params"] if kind(p) == one], "lr_scale": one[1]} for group in split for one in sorted({kind(p) for p in group["params"]})]
     adamw = lambda: torch.optim.AdamW([g for g in split if g["params"]], lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.adam_epsilon, fused=True)
     if config.optimizer == "adamw" or not groups["matrices"]: return adamw()
-    matrices = muon(groups["matrices"], config.learning_rate, config.weight_decay)
+    scale = lambda p: getattr(p, "lr_scale", 1.0)
+    matrices = muon([{"params": [p for p in groups["matrices"] if scale(p) == one], "lr_scale": one} for one in sorted(set(map(scale, groups["matrices"])))], config.learning_rate, config.weight_decay)
     return Together(matrices, adamw()) if any(g["params"] for g in split) else matrices
 
 # %% ../../nbs/trainers/optimizers.ipynb #b5c7adca
