@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -139,12 +140,15 @@ class _Families(click.Group):
 
 def train_command(family) -> click.Command:
     "The command that trains a family (or, with None, the one that a configuration file names)."
-    from sprout_lab.families import families
+    from sprout_lab.families import configure, families
     config_classes = [family.config_class] if family else [f.config_class for f in families.values()]
     specs, seen = [], set()
     for section, cls in [*sections.items(), *(("model", c) for c in config_classes)]:
         for spec in settings_fields(cls, section):
             if spec.name not in seen: specs.append(spec); seen.add(spec.name)
+    if family:   # what holds where nothing else is said, so that the help tells the truth
+        usual = configure(family.name, {}, say=lambda words: None).to_dict()
+        specs = [replace(spec, default=usual[spec.section][spec.name]) if spec.name in usual.get(spec.section, {}) else spec for spec in specs]
 
     def run(config, model_config, preset, size, objective, dry_run, debug_mode=False, **values):
         from sprout_lab.families import configure, make_trainer
@@ -215,7 +219,7 @@ def prepare_command(**options):
 @click.option("--compare", multiple=True, metavar="PATH", help="Further checkpoints to put in the same table.")
 @click.option("--tasks", metavar="NAMES|FILE", help="Run lm_eval's tasks on the checkpoint instead: names, or a task file.")
 def evaluate_command(**options):
-    "Bits per byte, perplexity and accuracy on held-out text, as JSON."
+    "Bits per byte (a masked model: nats per hidden token), perplexity and accuracy on held-out text, as JSON."
     import sprout_lab.families   # makes the models known to the Auto classes
     from sprout_lab.evaluation.commands import evaluate_from_options
     evaluate_from_options(say=click.echo, **options)
@@ -393,6 +397,7 @@ def runs_list(root, as_json):
     click.echo(f"{'run':<36} {'family':<12} {'step':>9} {'bits/byte':>9} {'size':>9}  state")
     for f in found:
         score = "" if f["best_bits_per_byte"] is None else f"{f['best_bits_per_byte']:.4f}"
+        if not score and f.get("best_loss") is not None: score = f"{f['best_loss']:.3f} nat"
         click.echo(f"{f['name']:<36} {f['family'] or '':<12} {f['step']:>9,} {score:>9} {human(f['disk_bytes']):>9}  {f['state']}")
 
 def _run_folder(name, root) -> Path:

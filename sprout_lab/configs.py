@@ -155,8 +155,8 @@ class DataConfig(Settings):
     train_data_path: Annotated[str | None, setting("Training file: raw text, token ids as text, .npy, or a prepared .bin.")] = None
     val_data_path: Annotated[str | None, setting("Validation file, in any of the same forms.")] = None
     data_dir: Annotated[str | None, setting("Folder written by `sprout-lab prepare` (train.bin, val.bin, tokenizer), or a folder of text files.")] = None
-    tokenizer: Annotated[str, setting("auto, byte, char, bpe, gpt2, a tokenizer's folder or file, or its name on the hub. auto: bytes, or what vocab_size asks for.")] = "auto"
-    vocab_size: Annotated[int | None, setting("Size of the vocabulary: below 256 characters, above it byte-level BPE; none follows the tokenizer.", ge=1, le=2**24, unit="tokens")] = None
+    tokenizer: Annotated[str, setting("auto, byte, char, bpe, wordpiece, gpt2, a tokenizer's folder or file, or its name on the hub. auto: bytes, or what vocab_size asks for.")] = "auto"
+    vocab_size: Annotated[int | None, setting("Size of the vocabulary: below 256 characters, above it byte-level BPE (or WordPiece, where the tokenizer says so); none follows the tokenizer.", ge=1, le=2**24, unit="tokens")] = None
     sequence_length: Annotated[int, setting("Length of a training window.", ge=1, le=2**20, unit="tokens", log=True)] = 256
     max_samples: Annotated[int | None, setting("Use only the first so many documents; Shakespeare is one for training.", ge=1, unit="documents")] = None
     val_fraction: Annotated[float, setting("Share of the documents held out, where the corpus has no split of its own.", gt=0, lt=1)] = 0.1

@@ -20,7 +20,6 @@ from .data.tokenizers import load_tokenizer, register_tokenizers, resolve_tokeni
 from .models.hnet import HNetBitConfig, HNetBitForCausalLM
 from .models.sprout import SproutConfig, SproutForCausalLM, SproutForMaskedLM
 from .models.slm import SLMConfig, SimplifiedSLMForCausalLM
-from .models.ternary import TERNARY_FILE, load_ternary
 from .models.transformer import TransformerConfig, TransformerForCausalLM
 from .runs import Run, find_checkpoint, new_run_folder
 from .trainers.checkpoints import load_pretrained
@@ -133,7 +132,7 @@ def configure(family: str | None, flags: dict | None = None, *, config: str | No
     if preset is None and size is not None and size not in SIZES: raise ConfigError(f"size={size!r}: one of {', '.join(SIZES)} is needed{nearest(size, SIZES)}")
     run = resolve(family, entry.config_class, flags=flags, config=config, presets=presets)
     entry.model_class(run.objective)
-    if (run.objective or entry.objective) == "masked" and run.data.vocab_size in (None, 256) and resolve_tokenizer(run.data.tokenizer) == "byte":
+    if (run.objective or entry.objective) == "masked" and run.data.data_dir is None and run.data.vocab_size in (None, 256) and resolve_tokenizer(run.data.tokenizer) == "byte":
         run.data.vocab_size, run.sources["vocab_size"] = 259, "follows objective"   # bytes, and a token for a gap
     entry.config_class(**run.model)   # impossible combinations are found before any work is done
     return run
@@ -171,11 +170,14 @@ def make_trainer(run: RunConfig, *, data=None, extra_callbacks=(), say=print, ca
                 out.output_dir = str(new_run_folder(origin.folder.name, root=origin.folder.parent))
                 say(f"{origin.folder} has gone on to step {later[-1]}; {checkpoint.name} is continued in {out.output_dir}")
     data = data or load_data(run.data)
+    asked = asked_of(run, data)
+    if not asked and data.tokenizer is not None and data.train.bytes_per_token is None:
+        say(f"{type(data.tokenizer).__name__} does not keep the whole text (capitals, line ends or blanks): scores are in nats per token, there are no bits per byte")
     special = {name: getattr(data.tokenizer, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in entry.config_class.settings.model_fields}
     fields = {**run.model, **special, "vocab_size": data.vocab_size}
     seed_everything(run.training.seed, 0)
     model = entry.model_class(run.objective)(entry.config_class(**fields))
-    trainer = Trainer(model, data, run, callbacks, extra_callbacks=[*(callback() for callback in entry.callbacks), *extra_callbacks], say=say, **asked_of(run, data))
+    trainer = Trainer(model, data, run, callbacks, extra_callbacks=[*(callback() for callback in entry.callbacks), *extra_callbacks], say=say, **asked)
     if checkpoint is not None: trainer.resume(checkpoint)
     if out.log_dir and trainer.accelerator.is_main_process: _lead_to(trainer.run.logs, out.log_dir, say)
     return trainer
@@ -196,6 +198,6 @@ def load_model(path, say=print, objective: str | None = None):
     """(model in eval mode, tokenizer) of a run, a checkpoint, a saved model's folder or a ternary export. Only safetensors are read; a tokenizer may be missing (None). `objective`:
     load it as the family's model for another one than it was trained for."""
     folder = find_checkpoint(path, say=say)
-    model = load_ternary(folder) if (folder / TERNARY_FILE).exists() else load_pretrained(folder, _auto[objective] if objective else None)
+    model = load_pretrained(folder, _auto[objective] if objective else None)
     tokenizer = load_tokenizer(folder) if (folder / "tokenizer_config.json").exists() else None
     return model, tokenizer

@@ -259,12 +259,13 @@ def run_facts(folder) -> dict:
     summary = summary if isinstance(summary, dict) else {}
     config = {key: value for key, value in config.items() if isinstance(value, dict)}
     log = read_log(run.eval_log)
-    scores = [b for b in log.get("bits_per_byte", []) if isinstance(b, (int, float))]
+    scores, losses = ([b for b in log.get(name, []) if isinstance(b, (int, float))] for name in ("bits_per_byte", "loss"))
     steps = run.steps()
     return {"name": run.folder.name, "folder": str(run.folder), "family": str((config.get("model") or {}).get("type")),
             "dataset": (config.get("data") or {}).get("dataset_name"), "state": summary.get("state", "unfinished"),
             "step": steps[-1] if steps else 0, "max_steps": summary.get("max_steps") or (config.get("training") or {}).get("max_steps"),
-            "parameters": summary.get("parameters"), "best_bits_per_byte": min(scores) if scores else None, "disk_bytes": disk_use(run.folder),
+            "parameters": summary.get("parameters"), "best_bits_per_byte": min(scores) if scores else None, "best_loss": min(losses) if losses else None,
+            "disk_bytes": disk_use(run.folder),
             "modified": time.strftime("%Y-%m-%d %H:%M", time.localtime(run.config.stat().st_mtime))}
 
 def list_runs(root="runs") -> list[dict]:
@@ -273,7 +274,7 @@ def list_runs(root="runs") -> list[dict]:
     def facts_of(folder):
         try: return run_facts(folder)
         except ConfigError:   # one spoilt run must not hide the others
-            return dict.fromkeys(("family", "dataset", "max_steps", "parameters", "best_bits_per_byte")) | {
+            return dict.fromkeys(("family", "dataset", "max_steps", "parameters", "best_bits_per_byte", "best_loss")) | {
                 "name": folder.name, "folder": str(folder), "state": "config.yaml or logs are unreadable", "step": (Run(folder).steps() or [0])[-1], "disk_bytes": disk_use(folder), "modified": ""}
     return sorted(map(facts_of, found), key=lambda facts: facts["modified"], reverse=True)
 

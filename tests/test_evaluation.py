@@ -364,10 +364,14 @@ def test_compare_checkpoints_as_the_guide_writes_it(run_folder, text, capsys):
 
 
 def test_a_comparison_that_has_diverged_still_prints():
-    rows = Comparison({"a": {"loss": float("nan"), "bits_per_byte": float("nan"), "perplexity": math.inf}, "b": {"loss": 1.0, "bits_per_byte": None}, "<c>": {"loss": 2.0}})
-    assert rows.best == "b" and "nan" in str(rows) and "&lt;c&gt;" in rows._repr_html_()
-    rows.figure(metrics=("loss",)).png()
-    rows.figure().png()
+    rows = Comparison({"a": {"loss": float("nan"), "bits_per_byte": float("nan"), "perplexity": math.inf}, "b": {"loss": 1.0, "bits_per_byte": 1.4}, "<c>": {"loss": 2.0, "bits_per_byte": 2.9}})
+    assert rows.best == "b" and "b *" in str(rows) and "nan" in str(rows) and "&lt;c&gt;" in rows._repr_html_()
+
+
+def test_what_has_bits_per_byte_and_what_has_none_have_no_best():
+    rows = Comparison({"bytes": {"loss": 3.0, "bits_per_byte": 4.3}, "lossy words": {"loss": 2.0, "bits_per_byte": None}})
+    assert rows.best is None and "*" not in str(rows) and "*" not in rows._repr_html_()
+    assert Comparison({"x": {"loss": 3.0, "bits_per_byte": None}, "y": {"loss": 2.0, "bits_per_byte": None}}).best == "y"
 
 
 def test_results_are_strict_json_and_replace_in_one_step(tmp_path, model, text):

@@ -22,7 +22,7 @@ class MaskingRules:
 
     def __init__(self, tokenizer):
         if getattr(tokenizer, "mask_token_id", None) is None:
-            raise ConfigError(f"{type(tokenizer).__name__} has no mask token, and a masked model needs one; use tokenizer=byte (with its mask), a WordPiece, or another objective")
+            raise ConfigError(f"{type(tokenizer).__name__} has no mask token, and a masked model needs one; prepare the text with --tokenizer byte --vocab_size 259 (bytes and a mask) or with a WordPiece, or train the causal objective")
         size = len(tokenizer)
         self.mask_id, self.pad_id, self.size = tokenizer.mask_token_id, tokenizer.pad_token_id, size
         self.special = np.zeros(size, bool)

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from ..configs import ConfigError, DataConfig, nearest
 from .corpora import Corpus, FileSource, as_path, exists, is_special_file, load_corpus, local_corpus, missing, read_text, scan, text_files
-from .tokenizers import TRAINED, Tokenizer, cut_point, document_end, encode_array, fingerprint, load_tokenizer, process_map, resolve_tokenizer, save_tokenizer, token_bytes
+from .tokenizers import TRAINED, Tokenizer, cut_point, document_end, encode_array, fingerprint, keeps_text, load_tokenizer, process_map, resolve_tokenizer, save_tokenizer, token_bytes
 from .tokens import MAGIC, TokenFile, TokenWriter, token_dtype
 
 log = logging.getLogger("sprout_lab")
@@ -52,14 +52,14 @@ def blocks(corpus: Corpus, split: str, tokenizer, size: int = BLOCK_CHARACTERS) 
     if block: yield block
 
 def encode_block(tokenizer, block: list[tuple[str, bool]]) -> tuple[np.ndarray, int, int]:
-    "The ids of a block (with the end token after each document), the bytes of its text, and the documents that end in it."
+    "The ids of a block (with the end token after each document), the bytes of its text (0 where the tokenizer loses some of it), and the documents that end in it."
     end = document_end(tokenizer)
     dtype = token_dtype(len(tokenizer))
     pieces = []
     for text, ends in block:
         pieces.append(encode_array(tokenizer, text).astype(dtype))
         if ends and end is not None: pieces.append(np.array([end], dtype))
-    return np.concatenate(pieces), sum(len(t.encode()) for t, _ in block), sum(ends for _, ends in block)
+    return np.concatenate(pieces), sum(len(t.encode()) for t, _ in block) if keeps_text(tokenizer) else 0, sum(ends for _, ends in block)
 
 # %% ../../nbs/data/prepare.ipynb #9f047d1c
 _tokenizer = None   # a working process's own

@@ -7,7 +7,7 @@ __all__ = ['PATTERN', 'END_OF_TEXT', 'WORDPIECE_SPECIAL', 'TRAINED', 'ByteTokeni
            'count_pieces', 'merge_pieces', 'train_bpe', 'merge_piece', 'recoverable', 'Tokenizer', 'train_wordpiece',
            'SentencePieceTokenizer', 'read_llama2c_tokenizer', 'ByteTokenizerConfig', 'CharTokenizerConfig',
            'SentencePieceTokenizerConfig', 'register_tokenizers', 'fingerprint', 'encode_array', 'document_end',
-           'token_bytes', 'cut_point', 'resolve_tokenizer', 'load_tokenizer', 'save_tokenizer']
+           'token_bytes', 'keeps_text', 'cut_point', 'resolve_tokenizer', 'load_tokenizer', 'save_tokenizer']
 
 # %% ../../nbs/data/tokenizers.ipynb #19dbb470
 import hashlib
@@ -680,6 +680,12 @@ def token_bytes(tokenizer) -> np.ndarray | None:
     if isinstance(tokenizer, ByteTokenizer): return np.r_[np.ones(254, np.int64), np.zeros(len(tokenizer) - 254, np.int64)]
     if isinstance(tokenizer, CharTokenizer): return np.array([len(c.encode()) for c in tokenizer.characters] + [0] * tokenizer.eos, np.int64)
     return None
+
+def keeps_text(tokenizer) -> bool:
+    "Whether decoding gives back what was encoded, capitals, line ends and runs of blanks too. A tokenizer that loses some of it has an easier text to predict, so its bits per byte would mean nothing."
+    if token_bytes(tokenizer) is not None: return True
+    probe = "To Be,\n\n  or not"
+    return tokenizer.decode(encode_array(tokenizer, probe).tolist()).strip() == probe
 
 def cut_point(tokenizer, text: str) -> int:
     """The last place in `text` where it may be cut so that the ids of the parts are the ids of the whole, whatever follows; 0 if none is found.

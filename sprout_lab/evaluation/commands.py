@@ -65,7 +65,7 @@ def evaluate_from_options(model_path, data_dir=None, dataset=None, output_dir=No
         length = sequence_length or min(config.sequence_length, limit or config.sequence_length)
         settings = {"sequence_length": length, "batch_size": batch_size, "max_batches": max_batches}
         evaluator = Evaluator(model, tokenizer, settings)
-        data = load_data(config.model_copy(update={"sequence_length": 1}), tokenizer)
+        data = load_data(config.model_copy(update={"sequence_length": 1, "vocab_size": None}), tokenizer)
         metrics = evaluator.evaluate(data.validation)
         say(f"{folder.name} on {data.name} (held out), windows of {length} tokens")
         for name in ("bits_per_byte", "loss", "perplexity", "accuracy", "top5_accuracy"):
@@ -82,7 +82,7 @@ def evaluate_from_options(model_path, data_dir=None, dataset=None, output_dir=No
                 other_model, other_tokenizer = _ready(other)
                 if fills_gaps(other_model) != masked: raise ConfigError(f"{other} and {folder}: one fills gaps and one says what comes next; their losses are answers to different questions and do not belong into one table")
                 name = other.name if other.name not in rows else str(path)
-                rows[name] = Evaluator(other_model, other_tokenizer, settings).evaluate(load_data(config.model_copy(update={"sequence_length": 1}), other_tokenizer).validation)
+                rows[name] = Evaluator(other_model, other_tokenizer, settings).evaluate(load_data(config.model_copy(update={"sequence_length": 1, "vocab_size": None}), other_tokenizer).validation)
             evaluator.results["checkpoints"] = rows
             say(str(rows))
             if target is not None:

@@ -18,7 +18,7 @@ import torch
 from ..configs import ConfigError, Settings, setting
 from ..data.batches import Windows
 from ..data.masking import MaskedWindows, fills_gaps
-from ..data.tokenizers import ByteTokenizer, encode_array
+from ..data.tokenizers import ByteTokenizer, encode_array, keeps_text
 from ..decoding.sampling import SamplingConfig, generate_text
 from .metrics import distinct_n, evaluate_sums, invalid_bytes, summarize, utf8_validity
 from ..runs import find_checkpoint
@@ -52,8 +52,9 @@ class Comparison(dict):
     metrics = ("bits_per_byte", "loss", "perplexity", "accuracy", "top5_accuracy")
 
     @property
-    def best(self) -> str:
-        "The checkpoint with the lowest loss per byte, or per token where bytes are not known."
+    def best(self) -> str | None:
+        "The checkpoint with the lowest loss per byte, or per token where no checkpoint's bytes are known; none where some are known and some not."
+        if len({row.get("bits_per_byte") is None for row in self.values()}) > 1: return None
         key = lambda name: next((self[name][m] for m in ("bits_per_byte", "loss") if isinstance(self[name].get(m), float) and math.isfinite(self[name][m])), math.inf)
         return min(self, key=key)
 
@@ -67,7 +68,7 @@ class Comparison(dict):
         rows = self._cells()
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))).rstrip() for row in rows]
-        return "\n".join([lines[0], "  ".join("─" * w for w in widths), *lines[1:], *(["* lowest"] if len(self) > 1 else [])])
+        return "\n".join([lines[0], "  ".join("─" * w for w in widths), *lines[1:], *(["* lowest"] if len(self) > 1 and self.best else [])])
 
     def _repr_html_(self) -> str:
         rows = [[html.escape(cell) for cell in row] for row in self._cells()]
@@ -174,7 +175,7 @@ class Evaluator:
         limit = getattr(getattr(self.model, "config", None), "max_position_embeddings", None)
         length = self.config.sequence_length or min(256, limit or 256)
         if isinstance(data, str) and self.tokenizer is None: raise ConfigError("the model has no tokenizer; give token ids instead of a text")
-        if isinstance(data, str): data = _EncodedText(encode_array(self.tokenizer, data), data)
+        if isinstance(data, str): data = _EncodedText(encode_array(self.tokenizer, data), data if keeps_text(self.tokenizer) else None)
         if isinstance(data, torch.Tensor): data = data.cpu().numpy()
         if hasattr(data, "bytes_per_token") or (hasattr(data, "dtype") and getattr(data, "ndim", 0) == 1):
             if limit and length > limit: raise ConfigError(f"sequence_length={length} is above the model's max_position_embeddings={limit}; shorten the windows")
@@ -186,16 +187,16 @@ class Evaluator:
         if isinstance(windows, MaskedWindows): return summarize(evaluate_sums(model, windows, autocast=self.config.mixed_precision, progress=self.progress), None)
         bytes_per_token = bytes_per_token or getattr(getattr(windows, "tokens", None), "bytes_per_token", None)
         counted = []
-        count = None if bytes_per_token or tokenizer is None else lambda targets: counted.append(count_bytes(tokenizer, targets))
+        count = None if bytes_per_token or tokenizer is None or not keeps_text(tokenizer) else lambda targets: counted.append(count_bytes(tokenizer, targets))
         sums = evaluate_sums(model, windows, autocast=self.config.mixed_precision, progress=self.progress, shift=self.config.shift, observe=count)
         if counted and sum(counted): bytes_per_token = sum(counted) / sums[3].item()
         return summarize(sums, bytes_per_token)
 
 class _EncodedText:
     "A text as ids that knows its bytes, for `Windows`."
-    def __init__(self, tokens, text: str):
+    def __init__(self, tokens, text: str | None):
         self.tokens, self.name = tokens, "the text"
-        self.bytes_per_token = len(text.encode()) / max(1, len(tokens))
+        self.bytes_per_token = None if text is None else len(text.encode()) / max(1, len(tokens))
     def __len__(self): return len(self.tokens)
 
 def load_model(path):

@@ -9,12 +9,14 @@ __all__ = ['SproutConfig', 'tree_depths', 'Router', 'Tokens', 'SproutNode', 'Pat
            'trace']
 
 # %% ../../nbs/models/sprout.ipynb #af6d50a0
+import json
 import math
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import BeforeValidator
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
@@ -28,6 +30,14 @@ from .transformer import (
     Embedding, KeyValueCache, KeyValueLayer, Linear, MultiHeadSelfAttention, RMSNorm, RotaryPositionalEmbedding, SwiGLU, attend, attention_bias)
 
 # %% ../../nbs/models/sprout.ipynb #e4b2f0a4
+def _parents(value):
+    "A tree as files and flags write it: `[-1, 0, 0]`, `[\"[-1, 0, 0]\"]`, `[\"-1\", \"0\", \"0\"]`."
+    try:
+        if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str) and value[0].strip().startswith("["): return json.loads(value[0])
+        if isinstance(value, list): return [int(v) if isinstance(v, str) else v for v in value]
+    except (ValueError, RecursionError): pass   # what it is instead is said by the check
+    return value
+
 class SproutConfig(ModelConfig):
     "Shape of a node, limits of the tree, when it grows, and how far it has grown (`tree`: the parent of every node)."
     model_type = "sprout"
@@ -62,7 +72,7 @@ class SproutConfig(ModelConfig):
     bos_token_id: Annotated[int | None, setting("Token that begins a text.", ge=0)] = None
     eos_token_id: Annotated[int | None, setting("Token that ends a text; generation stops there.", ge=0)] = None
     pad_token_id: Annotated[int | None, setting("Token that fills up short rows.", ge=0)] = None
-    tree: Annotated[list | None, setting("Parent of every node, -1 for the root; none is the root alone. Written by growth.")] = None
+    tree: Annotated[list | None, BeforeValidator(_parents), setting("Parent of every node, -1 for the root; none is the root alone. Written by growth.")] = None
     history: Annotated[list | None, setting("What grew, when and why. Written by growth.")] = None
     growth_state: Annotated[dict | None, setting("What the growth policy remembers between its checks. Written by growth.")] = None
 
@@ -963,6 +973,7 @@ class SproutLanguageModel(SproutForMaskedLM):
 def trace(model, tokenizer, text: str) -> dict:
     """Where `text` went: `tokens` (strings), `path` (a node per level; with routing by token a list per token), `compatibilities` (router → {child: value};
     with routing by token {token: {child: value}}), and `attentions` (per level, float `(heads, queries, keys)`)."""
+    if getattr(tokenizer, "mask_token", None): text = text.replace("[MASK]", tokenizer.mask_token)
     ids = tokenizer.encode(text, add_special_tokens=False)
     if not ids: raise ConfigError("the text is empty; at least one token can be traced")
     training = model.training

@@ -24,7 +24,9 @@ from ..visualizers.tree import growth_frames, growth_gif, growth_html, plot_tree
 # %% ../../nbs/panels/tree.ipynb #7344f9f7
 def frames_of(run) -> list[dict]:
     "The moments of a run's tree, from its logs: dicts with `step`, `tree` (the parent of every node) and `usage`."
-    log = Run(getattr(run, "folder", run)).logs / "tree_log.csv"
+    folder = Path(getattr(run, "folder", run))
+    if not folder.is_dir(): raise ConfigError(f"{folder}: no such run; the folder of a run of the family sprout is needed")
+    log = Run(folder).logs / "tree_log.csv"
     if not log.exists(): raise ConfigError(f"{log.parent.parent}: has no logs/tree_log.csv; only a run of the family sprout writes one")
     return growth_frames(read_log(log))
 

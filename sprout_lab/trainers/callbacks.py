@@ -269,7 +269,9 @@ class Results(Callback):
             trainer.say("evaluating on all of the held-out text")
             trainer.run.write_json(trainer.run.evaluation, {"checkpoint": f"step_{trainer.step}", "step": trainer.step, **trainer.evaluate()})
         self.draw(trainer)
-        if finished and trainer.config.output.sample_tokens: self.sample(trainer)
+        if finished and trainer.config.output.sample_tokens:
+            try: self.sample(trainer)
+            except ConfigError as error: trainer.say(f"no sample: {error}")   # such as a prompt of which a tokenizer leaves nothing
 
     def draw(self, trainer):
         from sprout_lab.visualizers.curves import plot_bits_per_byte

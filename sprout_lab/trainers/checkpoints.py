@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 from transformers.utils import logging as transformers_logging
 
 from ..configs import ConfigError
+from ..models.ternary import TERNARY_FILE, load_ternary
 from ..runs import sealed_folder
 from .optimizers import load_optimizer_tensors, optimizer_tensors
 from .parallel import load_full_state_dict
@@ -87,7 +88,8 @@ def auto_class(architecture: str | None):
 
 def load_pretrained(folder, auto=None):
     """The model of a checkpoint's folder in eval mode, through one of the Auto classes (none: the one that its config.json asks for). Safetensors only; a file
-    that does not fit is a `ConfigError`."""
+    that does not fit is a `ConfigError`. A ternary export gives the model that runs it."""
+    if (Path(folder) / TERNARY_FILE).exists(): return load_ternary(folder)
     if auto is None:
         try: auto = auto_class((json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")).get("architectures") or [None])[0])
         except (OSError, ValueError, AttributeError, TypeError, LookupError, RecursionError): auto = AutoModelForCausalLM   # it says what is wrong
