@@ -1,10 +1,8 @@
 """The training guide of the SLM: every command line, snippet and file of it, with `sprout-lab` in place of its scripts. At full size as a dry run, at a small size for real."""
-import contextlib
 import io
 import json
 import os
 import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,28 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from sprout_lab.cli import main
 from sprout_lab.configs import ConfigError
 from sprout_lab.runs import Run, checkpoint_facts, read_log
 
+from shell import refused, shell
+
 SMALL = "--hidden_size 32 --num_layers 1 --batch_size 4 --gradient_accumulation_steps 1 --sequence_length 32 --warmup_steps 1 --eval_interval 2 --save_interval 2 --log_interval 1 --eval_batches 2 --mixed_precision none --device cpu --sample_tokens 20"
 SMALL_HNET = SMALL.replace("--hidden_size 32 --num_layers 1", "--d_model 16 --d_model 32 --num_blocks '[1, 0, 1]' --num_blocks '[1]'")
-
-
-def shell(line: str):
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try: main(shlex.split(line)); code = 0
-        except SystemExit as left: code = left.code
-    assert code in (0, None), f"{line}\n{err.getvalue()}"
-    return out.getvalue()
-
-
-def refused(line: str) -> str:
-    err = io.StringIO()
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as left: main(shlex.split(line))
-    assert left.value.code == 2 and err.getvalue().count("\n") == 1, err.getvalue()
-    return err.getvalue()
 
 
 def resolved(line: str) -> dict:

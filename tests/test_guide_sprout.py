@@ -1,39 +1,21 @@
 """The training guide of SPROUT: every command line, flag, default, snippet and line of its console, with `sprout-lab train sprout` in place of its script and `sprout_lab` in place of
 `sprout`. At full size as a dry run, at a small size for real."""
-import contextlib
-import io
 import json
 import re
-import shlex
 import shutil
 
 import pytest
 import torch
 
-from sprout_lab.cli import main
 from sprout_lab.runs import Run, checkpoint_facts, read_log
+
+from shell import refused, shell
 
 DRIVE = "drive/MyDrive/sprout/checkpoints/"
 SMALL = ("--hidden_dim 32 --num_heads 2 --max_length 32 --batch_size 8 --learning_rate 3e-3 --warmup_steps 2 --growth_warmup 5 --growth_interval 5 --eval_every 10 --eval_batches 2 --save_every 10 --log_every 5 "
          "--no_tensorboard --sample_tokens 0 --device cpu")
 STRUCTURE = re.compile(r"=== SPROUT Structure ===\n└── Node 0 \(depth=0, children=\d+, usage=\d+\)\n(?:[│ ]*[├└]── Node \d+ \(depth=\d+, children=\d+, usage=\d+\)\n)+Total nodes: 5\n")
 SUMMARY = re.compile(r"Epoch (\d+)/(\d+) Summary:\n  Loss: (\d+\.\d{4})\n  Accuracy: (\d+\.\d{2})%\n  Total nodes: (\d)/5\n  Node limit reached: (True|False)\n")
-
-
-def shell(line: str) -> str:
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try: main(shlex.split(line)); code = 0
-        except SystemExit as left: code = left.code
-    assert code in (0, None), f"{line}\n{err.getvalue()}"
-    return out.getvalue()
-
-
-def refused(line: str) -> str:
-    err = io.StringIO()
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as left: main(shlex.split(line))
-    assert left.value.code == 2 and err.getvalue().count("\n") == 1, err.getvalue()
-    return err.getvalue()
 
 
 def resolved(line: str) -> dict:

@@ -1,21 +1,11 @@
 """The training guide of the Transformer: every command line, with `sprout-lab` in place of its scripts. At full size as a dry run, at a small size for real."""
-import contextlib
 import io
-import shlex
 
 import pytest
 
-from sprout_lab.cli import main
 from sprout_lab.runs import Run, checkpoint_facts, read_log
 
-
-def shell(line: str):
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try: main(shlex.split(line)); code = 0
-        except SystemExit as left: code = left.code
-    assert code in (0, None), f"{line}\n{err.getvalue()}"
-    return out.getvalue()
+from shell import shell
 
 
 def resolved(line: str) -> dict:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .bitlinear import quantize_activations
 from .build import load_c
+from .normgate import EXP_C
 
 # %% ../../nbs/kernels/ternary_decode.ipynb #3fb8da4d
 class StepLinear(NamedTuple):
@@ -132,19 +133,7 @@ typedef struct { int8_t *codes; real *y, *u, *v, *f, *i, *g, *wide; } room;
 #define SQRT sqrtf
 #define RINT rintf
 #define ABS fabsf
-static inline float exp_(float x) {   // relative error below 2e-7; saturates, never infinite, NaN stays NaN
-  float c = x > 87.f ? 87.f : x;
-  c = c < -87.f ? -87.f : c;
-  const float n = rintf(c * 1.44269504088896341f);
-  const float r = (c - n * 0.693359375f) + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f; p = p * r + 8.3334519073e-3f; p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f; p = p * r + 5.0000001201e-1f; p = p * r * r + r + 1.f;
-  const int32_t bits = ((int32_t)n + 127) << 23;
-  float two; memcpy(&two, &bits, 4);
-  return p * two;
-}
-#endif
+""" + EXP_C + r"""#endif
 static inline real silu(real x) { return x / (1 + exp_(-x)); }
 
 static inline real mean_square(const real *x, int64_t D) {
