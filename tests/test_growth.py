@@ -225,3 +225,17 @@ def test_two_processes_grow_the_same_tree(tmp_path):
     assert usage[0] == usage2[0] == 24 * 4   # a process's mean loss counts its own masks, so that single texts may go another way; all are counted
     saved = SproutForMaskedLM.from_pretrained(tmp_path / "two" / "checkpoints" / "step_24")
     assert saved.tree.usage() == usage2, "the checkpoint counts what all processes saw"
+
+
+def test_a_tree_with_fewer_nodes_than_were_saved_is_not_loaded(tmp_path):
+    import sprout_lab.families   # makes the models known to the Auto classes
+    from sprout_lab.trainers.checkpoints import load_pretrained
+    SproutForMaskedLM(SproutConfig(hidden_size=16, num_attention_heads=2, tree=[-1, 0, 1, 0])).save_pretrained(tmp_path)
+    assert len(load_pretrained(tmp_path).tree.nodes) == 4
+    (tmp_path / "config.json").write_text(json.dumps({**json.loads((tmp_path / "config.json").read_text()), "tree": [-1, 0]}))
+    with pytest.raises(ConfigError, match="do not fit its configuration"): load_pretrained(tmp_path)
+
+
+def test_a_policys_memory_that_is_none_is_refused(tmp_path):
+    for state in ({"a": 1}, {"best": "x", "waited": "y"}):
+        with pytest.raises(ConfigError, match="growth_state"): trainer(tmp_path / str(len(str(state))), model=dict(growth="plateau", growth_state=state)).train()

@@ -217,3 +217,25 @@ def test_generate_command(tmp_path, capsys):
     ByteTokenizer().save_pretrained(tmp_path)
     cli.main(["generate", "--model_path", str(tmp_path), "--prompt", "hello", "--max_new_tokens", "5", "--temperature", "0"], standalone_mode=False)
     assert capsys.readouterr().out.startswith("hello")
+
+
+@pytest.mark.parametrize("damage", ["cut", "null", "bytes", "deeper", "codes"])
+def test_a_damaged_export_is_one_line(tmp_path, damage):
+    import json
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+    from sprout_lab.configs import ConfigError
+    from sprout_lab.models.slm import SLMConfig, SimplifiedSLMForCausalLM
+    from sprout_lab.models.ternary import TERNARY_FILE, export_ternary, load_ternary
+    export_ternary(SimplifiedSLMForCausalLM(SLMConfig(hidden_size=32, num_hidden_layers=1)), tmp_path)
+    config, weights = tmp_path / "config.json", tmp_path / TERNARY_FILE
+    if damage == "cut": config.write_text(config.read_text()[:30])
+    elif damage == "null": config.write_text("null")
+    elif damage == "bytes": config.write_bytes(b"\xff\xff")
+    elif damage == "deeper": config.write_text(json.dumps({**json.loads(config.read_text()), "num_hidden_layers": 2}))
+    else:
+        with safe_open(weights, "pt") as file: tensors, facts = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+        tensors[next(name for name in tensors if name.endswith(".codes"))].fill_(255)
+        save_file(tensors, weights, facts)
+    with pytest.raises(ConfigError) as caught: load_ternary(tmp_path)
+    assert "\n" not in str(caught.value) and "export" in str(caught.value)

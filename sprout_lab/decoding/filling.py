@@ -6,6 +6,7 @@
 __all__ = ['Filling', 'fill_masks', 'fill_sample']
 
 # %% ../../nbs/decoding/filling.ipynb #8868d736
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,6 +37,9 @@ def fill_masks(model, tokenizer, text, *, temperature: float = 0.0, alternatives
     """Fill every `[MASK]` (or the tokenizer's own mask token) of `text`, which may also be token ids with mask ids among them. `temperature`: 0 takes the
     likeliest token, above it one is drawn with `seed`. One forward pass per gap. A text without a gap, or longer than the model sees, is a `ConfigError`."""
     rules = MaskingRules(tokenizer)
+    if getattr(model, "can_generate", bool)(): raise ConfigError(f"{type(model).__name__} says what comes next and fills no gaps; a masked model is needed")
+    if not (math.isfinite(temperature) and (temperature == 0 or temperature >= 1e-3)): raise ConfigError(f"temperature={temperature}: 0 (always the likeliest) or a number from 0.001 is needed")
+    if alternatives < 1: raise ConfigError(f"alternatives={alternatives}: at least 1 is needed")
     if isinstance(text, str): text = tokenizer.encode(text.replace("[MASK]", tokenizer.mask_token), add_special_tokens=False)
     ids = torch.as_tensor(np.asarray(text, dtype=np.int64))
     gaps = (ids == rules.mask_id).nonzero().flatten().tolist()

@@ -210,7 +210,8 @@ def load_ternary(folder):
     path, config_path = folder / TERNARY_FILE, folder / "config.json"
     for needed in (path, config_path):
         if not needed.exists(): raise ConfigError(f"{needed}: no such file; a ternary export is a folder with config.json and {TERNARY_FILE}")
-    kind = json.loads(config_path.read_text(encoding="utf-8")).get("model_type")
+    try: kind = json.loads(config_path.read_text(encoding="utf-8")).get("model_type")
+    except (ValueError, AttributeError, RecursionError): raise ConfigError(f"{config_path}: is damaged; export the model again") from None
     if kind not in _models: raise ConfigError(f"{config_path}: model_type={kind!r}; a ternary export is of {', '.join(_models)}")
     config_class, model_class = _models[kind]
     try:
@@ -219,11 +220,14 @@ def load_ternary(folder):
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except SafetensorError as error: raise ConfigError(f"{path}: is damaged or no safetensors file ({str(error).splitlines()[0]}); export it again") from None
     with torch.device("meta"): model = model_class(config_class.from_pretrained(folder))
-    for name, module in list(model.named_modules()):
-        if not isinstance(module, BitLinear): continue
-        codes = unfold_codes(tensors.pop(f"{name}.codes"), tensors.pop(f"{name}.shape").tolist())
-        _replace(model, name, TernaryLinear(codes, tensors.pop(f"{name}.scale")[0], module.norm))
-    missing, unexpected = model.load_state_dict({name: t.float() for name, t in tensors.items()}, strict=False, assign=True)
+    try:
+        for name, module in list(model.named_modules()):
+            if not isinstance(module, BitLinear): continue
+            codes = unfold_codes(tensors.pop(f"{name}.codes"), tensors.pop(f"{name}.shape").tolist())
+            if codes.shape != module.weight.shape or codes.max() > 1: raise ValueError(name)   # a stored 3 is no code
+            _replace(model, name, TernaryLinear(codes, tensors.pop(f"{name}.scale")[0], module.norm))
+        missing, unexpected = model.load_state_dict({name: t.float() for name, t in tensors.items()}, strict=False, assign=True)
+    except (KeyError, ValueError, RuntimeError) as error: raise ConfigError(f"{path}: does not fit its config.json, or is damaged ({str(error).splitlines()[0][:120]}); export it again") from None
     model.tie_weights()
     left = [name for name, t in model.state_dict().items() if t.is_meta]
     if left or unexpected: raise ConfigError(f"{path}: does not fit its config.json ({(left or unexpected)[0]}); export it again")

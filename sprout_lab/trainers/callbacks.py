@@ -287,7 +287,9 @@ class Results(Callback):
         out = trainer.config.output
         if isinstance(trainer.batches, MaskedBatches): text = held_out_filling(trainer, out.sample_tokens).marked
         elif not hasattr(trainer.model, "make_cache"): return   # not a model that continues a text
-        else: text, = generate_text(trainer.model, trainer.tokenizer, [out.sample_prompt], max_tokens=min(out.sample_tokens, (getattr(trainer.model.config, "max_position_embeddings", None) or 2**31) - 64), temperature=0.8, top_k=50, seed=trainer.training.seed)
+        else:
+            room = (getattr(trainer.model.config, "max_position_embeddings", None) or 2**31) - len(trainer.tokenizer.encode(out.sample_prompt)) - 8
+            text, = generate_text(trainer.model, trainer.tokenizer, [out.sample_prompt], max_tokens=max(1, min(out.sample_tokens, room)), temperature=0.8, top_k=50, seed=trainer.training.seed)
         trainer.run.results.mkdir(parents=True, exist_ok=True)
         trainer.run.generations.write_text(text + "\n", encoding="utf-8")
 

@@ -100,6 +100,7 @@ def load_pretrained(folder, auto=None):
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError, RecursionError) as error:
         raise ConfigError(f"{folder}: holds no model that can be loaded ({(str(error).strip().splitlines() or [type(error).__name__])[0][:200]})") from None
     finally: transformers_logging.set_verbosity(said)
-    lost = sorted([*loaded["missing_keys"], *(key[0] if isinstance(key, tuple) else key for key in loaded["mismatched_keys"])])
+    lost = sorted([*loaded["missing_keys"], *(key[0] if isinstance(key, tuple) else key for key in loaded["mismatched_keys"]),
+                   *(key for key in loaded["unexpected_keys"] if ".nodes." in key)])   # nodes that the configuration's tree does not have
     if lost: raise ConfigError(f"{folder}: its weights do not fit its configuration ({', '.join(lost[:3])}{' …' if len(lost) > 3 else ''}); copy a whole checkpoint back")
     return model.eval()

@@ -55,7 +55,7 @@ class PlateauGrowth(GrowthPolicy):
         return model.grow(step=step, threshold=1.0, patience=1, **how)
 
     def state(self): return {"best": self.best, "waited": self.waited}
-    def load_state(self, state): self.best, self.waited = state["best"], state["waited"]
+    def load_state(self, state): self.best, self.waited = None if state["best"] is None else float(state["best"]), int(state["waited"])
 
 # %% ../../nbs/trainers/growth.ipynb #a7563e0d
 class ImbalanceGrowth(GrowthPolicy):
@@ -139,7 +139,9 @@ class Growth(Callback):
         if self.policy is None: self.policy = make_policy(config.growth)
         if any(hasattr(p, "device_mesh") for p in trainer.model.parameters()) and self.policy.name != "none":
             raise ConfigError(f"growth={self.policy.name}: a tree cannot grow while its parameters are sharded over processes; use data parallelism, or growth=none")
-        if config.growth_state: self.policy.load_state(config.growth_state)
+        if config.growth_state:
+            try: self.policy.load_state(config.growth_state)
+            except (KeyError, TypeError, ValueError): raise ConfigError(f"growth_state={config.growth_state}: is not what growth={self.policy.name} remembers; growth writes it, leave it out") from None
         self.log = CsvLog(trainer.run.logs / "tree_log.csv", TREE_COLUMNS)
         if trainer.accelerator.is_main_process: self.log.cut(trainer.step)
 
