@@ -147,7 +147,7 @@ def train_command(family) -> click.Command:
         for spec in settings_fields(cls, section):
             if spec.name not in seen: specs.append(spec); seen.add(spec.name)
     if family:   # what holds where nothing else is said, so that the help tells the truth
-        usual = configure(family.name, {}, say=lambda words: None).to_dict()
+        usual = configure(family.name, {}, log=lambda words: None).to_dict()
         specs = [replace(spec, default=usual[spec.section][spec.name]) if spec.name in usual.get(spec.section, {}) else spec for spec in specs]
 
     def run(config, model_config, preset, size, objective, dry_run, debug_mode=False, **values):
@@ -159,9 +159,9 @@ def train_command(family) -> click.Command:
         if config and model_config: raise ConfigError("config and model_config are both given; keep one, and name the other as model: {config_file: …} in it")
         config = config or model_config
         if objective: flags["objective"] = objective
-        settings = configure(family.name if family else None, flags, config=config, preset=preset, size=size, say=click.echo)
+        settings = configure(family.name if family else None, flags, config=config, preset=preset, size=size, log=click.echo)
         if dry_run: click.echo(settings.describe()); return
-        trainer = make_trainer(settings, say=click.echo)
+        trainer = make_trainer(settings, log=click.echo)
         from contextlib import nullcontext
         with trainer.run.lock() if trainer.accelerator.is_main_process else nullcontext(): trainer.train()
         if trainer.accelerator.is_main_process: click.echo(next((f"curve: {trainer.run.results / name}" for name in ("bits_per_byte.png", "loss.png") if (trainer.run.results / name).exists()), f"run: {trainer.run.folder}"))
@@ -204,7 +204,7 @@ def prepare_command(**options):
     from sprout_lab.data.prepare import prepare_from_options
     DataConfig(**{name: options[name] for name in ("val_fraction", "split_seed", "max_samples", "vocab_size", "num_workers") if options[name] is not None})   # the same bounds as in a run
     options["output"] = str(user_path(options["output"])) if options["output"] else ""
-    prepare_from_options(say=click.echo, **options)
+    prepare_from_options(log=click.echo, **options)
 
 # %% ../nbs/cli.ipynb #f5b512e8
 @cli.command("evaluate")
@@ -222,7 +222,7 @@ def evaluate_command(**options):
     "Bits per byte (a masked model: nats per hidden token), perplexity and accuracy on held-out text, as JSON."
     import sprout_lab.families   # makes the models known to the Auto classes
     from sprout_lab.evaluation.commands import evaluate_from_options
-    evaluate_from_options(say=click.echo, **options)
+    evaluate_from_options(log=click.echo, **options)
 
 @cli.command("generate")
 @click.option("--model_path", "--run", "model_path", metavar="PATH", required=True, help="A run, a checkpoint, or a saved model's folder.")
@@ -249,7 +249,7 @@ def generate_command(model_path, prompt, prompt_file, output_file, num_samples, 
     config = SamplingConfig(**{**sampling, "stop": [_as_utf8(text, "stop").replace("\\n", "\n").replace("\\t", "\t") for text in sampling["stop"]], "num_samples": num_samples})
     if output_file and not user_path(output_file).resolve().parent.is_dir(): raise ConfigError(f"{output_file}: its folder does not exist; make it first")
     prompts = _prompts(prompt, prompt_file)
-    model, tokenizer = load_model(model_path, say=lambda words: click.echo(words, err=True))
+    model, tokenizer = load_model(model_path, log=lambda words: click.echo(words, err=True))
     if tokenizer is None: raise ConfigError(f"{model_path}: has no tokenizer, it was trained on bare ids and cannot write text")
     masked = fills_gaps(model)
     if not masked and not hasattr(model, "make_cache"): raise ConfigError(f"{model_path}: is a {type(model).__name__}, not a model of the lab; use transformers' generate for it")
@@ -350,7 +350,7 @@ def export_command(run, output, llama, ternary):
     from sprout_lab.models.llama2c import export_llama
     if llama and ternary: raise ConfigError("llama and ternary exclude one another; keep one of them")
     folder = _new_folder(output)
-    model, tokenizer = load_model(run, say=lambda words: click.echo(words, err=True))
+    model, tokenizer = load_model(run, log=lambda words: click.echo(words, err=True))
     if ternary:
         from sprout_lab.models.ternary import export_ternary
         export_ternary(model, folder)
@@ -453,7 +453,7 @@ def runs_disk(root):
 def bench_command(family, nanogpt, simplified_slm, only, repeats, output):
     "Ratios of a family against named peers, side by side in one run, in CPU time."
     from sprout_lab.families import get_family
-    entry, common = get_family(family), dict(only=only, repeats=repeats, output=output, say=click.echo)
+    entry, common = get_family(family), dict(only=only, repeats=repeats, output=output, log=click.echo)
     if family in ("slm", "hnet"):
         from sprout_lab.evaluation.recurrent_benchmarks import bench_recurrent
         bench_recurrent(entry, simplified_slm=simplified_slm, **common)

@@ -93,13 +93,13 @@ register_tokenizers()
 
 def get_family(name: str) -> Family:
     "The family of that name; an unknown name is answered with the nearest one."
-    if name not in families: raise ConfigError(f"family={name!r}: there is {', '.join(families)}{nearest(name, families)}")
+    if name not in families: raise ConfigError(f"family={name!r}: choose from {', '.join(families)}{nearest(name, families)}")
     return families[name]
 
 # %% ../nbs/families.ipynb #22379431
 SIZES = ("nano", "mini", "small", "base")
 
-def configure(family: str | None, flags: dict | None = None, *, config: str | None = None, preset: str | None = None, size: str | None = None, say=print) -> RunConfig:
+def configure(family: str | None, flags: dict | None = None, *, config: str | None = None, preset: str | None = None, size: str | None = None, log=print) -> RunConfig:
     "Everything that decides a run, checked: flag > file > preset > default. Without a preset or a size, the preset is nano."
     flags = dict(flags or {})
     named = {}
@@ -107,11 +107,11 @@ def configure(family: str | None, flags: dict | None = None, *, config: str | No
         stem = Path(config).stem   # configs/small_model.yaml of a guide is a shipped preset here
         owners = [name for name in families_of_preset(stem) if name == family or (family is None and name in families)]
         if len(owners) == 1:
-            say(f"{config}: not here; using the shipped preset {stem}" + (f" of {owners[0]}" if family is None else ""))
+            log(f"{config}: not here; using the shipped preset {stem}" + (f" of {owners[0]}" if family is None else ""))
             family, config, preset = owners[0], None, preset or stem
     resume = flags.get("resume_from")
     if resume and resume != "auto" and config is None:
-        path = find_checkpoint(resume, prefer="latest", say=lambda words: None)
+        path = find_checkpoint(resume, prefer="latest", log=lambda words: None)
         run = Run(path.parent.parent)
         if run.exists(): config = str(run.config)
         flags.setdefault("output_dir", str(run.folder))
@@ -147,7 +147,7 @@ def asked_of(run: RunConfig, data) -> dict:
     return {"batches": MaskedBatches(data.train, data.tokenizer, size, length, run.training.seed, run.data.order, *rules),
             "windows": lambda limit: MaskedWindows(data.validation, data.tokenizer, length, size, limit, *rules)}
 
-def make_trainer(run: RunConfig, *, data=None, extra_callbacks=(), say=print, callbacks=None) -> Trainer:
+def make_trainer(run: RunConfig, *, data=None, extra_callbacks=(), log=print, callbacks=None) -> Trainer:
     """Data, model and trainer of a run. A folder that already holds a run is refused unless `resume_from` says to continue it; a run that is resumed from
     a step before its last one goes on in a new folder, so that nothing is overwritten."""
     entry, out = get_family(run.family), run.output
@@ -160,7 +160,7 @@ def make_trainer(run: RunConfig, *, data=None, extra_callbacks=(), say=print, ca
         raise ConfigError(f"{folder.folder} already holds a run (at step {folder.steps()[-1]}); --resume_from auto continues it, or choose another output_dir")
     checkpoint = None
     if resume:
-        checkpoint = find_checkpoint(resume, prefer="latest", say=say)
+        checkpoint = find_checkpoint(resume, prefer="latest", log=log)
         origin = Run(checkpoint.parent.parent)
         later = [s for s in origin.steps() if f"step_{s}" != checkpoint.name and s > int(checkpoint.name.removeprefix("step_"))]
         if folder is not None and origin.folder.resolve() == folder.folder.resolve() and later:
@@ -168,21 +168,21 @@ def make_trainer(run: RunConfig, *, data=None, extra_callbacks=(), say=print, ca
                 for step in later: origin.step_folder(step).rename(origin.checkpoints / f"damaged_step_{step}")
             else:
                 out.output_dir = str(new_run_folder(origin.folder.name, root=origin.folder.parent))
-                say(f"{origin.folder} has gone on to step {later[-1]}; {checkpoint.name} is continued in {out.output_dir}")
+                log(f"{origin.folder} has gone on to step {later[-1]}; {checkpoint.name} is continued in {out.output_dir}")
     data = data or load_data(run.data)
     asked = asked_of(run, data)
     if not asked and data.tokenizer is not None and data.train.bytes_per_token is None:
-        say(f"{type(data.tokenizer).__name__} does not keep the whole text (capitals, line ends or blanks): scores are in nats per token, there are no bits per byte")
+        log(f"{type(data.tokenizer).__name__} does not keep the whole text (capitals, line ends or blanks): scores are in nats per token, there are no bits per byte")
     special = {name: getattr(data.tokenizer, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in entry.config_class.settings.model_fields}
     fields = {**run.model, **special, "vocab_size": data.vocab_size}
     seed_everything(run.training.seed, 0)
     model = entry.model_class(run.objective)(entry.config_class(**fields))
-    trainer = Trainer(model, data, run, callbacks, extra_callbacks=[*(callback() for callback in entry.callbacks), *extra_callbacks], say=say, **asked)
+    trainer = Trainer(model, data, run, callbacks, extra_callbacks=[*(callback() for callback in entry.callbacks), *extra_callbacks], log=log, **asked)
     if checkpoint is not None: trainer.resume(checkpoint)
-    if out.log_dir and trainer.accelerator.is_main_process: _lead_to(trainer.run.logs, out.log_dir, say)
+    if out.log_dir and trainer.accelerator.is_main_process: _lead_to(trainer.run.logs, out.log_dir, log)
     return trainer
 
-def _lead_to(logs: Path, log_dir: str, say) -> None:
+def _lead_to(logs: Path, log_dir: str, log) -> None:
     "Make `log_dir` a link to a run's logs, for those who look for them there."
     place = user_path(log_dir)
     if place.resolve() in (logs.resolve(), logs.parent.resolve()): return
@@ -191,13 +191,13 @@ def _lead_to(logs: Path, log_dir: str, say) -> None:
         place.parent.mkdir(parents=True, exist_ok=True)
         place.unlink(missing_ok=True)
         place.symlink_to(os.path.relpath(logs.resolve(), place.parent.resolve()))
-    except OSError as error: say(f"log_dir={place}: no link can be made there ({error.strerror}); the logs are in {logs}")
+    except OSError as error: log(f"log_dir={place}: no link can be made there ({error.strerror}); the logs are in {logs}")
 
 # %% ../nbs/families.ipynb #7ec5980b
-def load_model(path, say=print, objective: str | None = None):
+def load_model(path, log=print, objective: str | None = None):
     """(model in eval mode, tokenizer) of a run, a checkpoint, a saved model's folder or a ternary export. Only safetensors are read; a tokenizer may be missing (None). `objective`:
     load it as the family's model for another one than it was trained for."""
-    folder = find_checkpoint(path, say=say)
+    folder = find_checkpoint(path, log=log)
     model = load_pretrained(folder, _auto[objective] if objective else None)
     tokenizer = load_tokenizer(folder) if (folder / "tokenizer_config.json").exists() else None
     return model, tokenizer

@@ -197,9 +197,9 @@ def new_run_folder(*words, root="runs") -> Path:
     return folder
 
 # %% ../nbs/runs.ipynb #4dc65764
-def find_checkpoint(path, *, prefer: str = "best", say=print) -> Path:
+def find_checkpoint(path, *, prefer: str = "best", log=print) -> Path:
     """The folder of a whole checkpoint for a run, a checkpoint, or one of the guides' names. `prefer` is best or latest, for a run's folder.
-    A damaged one is reported through `say` and the newest whole one before it is used. Raises `ConfigError` when there is none."""
+    A damaged one is reported through `log` and the newest whole one before it is used. Raises `ConfigError` when there is none."""
     path = user_path(path)
     if path.suffix in (".pt", ".pth", ".ckpt") and not path.is_file():
         path = path.with_suffix("")
@@ -209,8 +209,8 @@ def find_checkpoint(path, *, prefer: str = "best", say=print) -> Path:
         raise ConfigError(f"{path}: is a file; a checkpoint is a folder of safetensors and JSON, and nothing is ever unpickled")
     if not path.exists():
         if re.fullmatch(r"step_\d+|best|latest", path.name) and (path.parent / "checkpoints").is_dir():   # RUN/best.pt, as the guides write it
-            return find_checkpoint(path.parent / "checkpoints" / path.name, say=say)
-        if path.is_symlink(): say(f"{path}: the checkpoint it points to is gone")
+            return find_checkpoint(path.parent / "checkpoints" / path.name, log=log)
+        if path.is_symlink(): log(f"{path}: the checkpoint it points to is gone")
         elif not (path.parent.is_dir() and re.fullmatch(r"step_\d+|best|latest", path.name)):
             beside = [p.name for p in path.parent.iterdir() if not p.name.startswith(".")] if path.parent.is_dir() else []
             raise ConfigError(f"{path}: no such run or checkpoint{nearest(path.name, beside)}")
@@ -233,9 +233,9 @@ def find_checkpoint(path, *, prefer: str = "best", say=print) -> Path:
     for number, candidate in enumerate(candidates):
         problem = damage(candidate)
         if problem is None:
-            if number: say(f"using {candidate} instead")
+            if number: log(f"using {candidate} instead")
             return candidate.resolve()
-        if candidate.exists() or number == 0: say(f"checkpoint {candidate} is damaged: {problem}")
+        if candidate.exists() or number == 0: log(f"checkpoint {candidate} is damaged: {problem}")
     raise ConfigError(f"{path}: holds no whole checkpoint; begin a new run, or copy one back")
 
 def checkpoint_facts(path) -> dict:

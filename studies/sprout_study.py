@@ -20,7 +20,7 @@ from sprout_lab.configs import TrainingConfig
 from sprout_lab.data.corpora import load_corpus
 from sprout_lab.data.masking import MaskedBatches, MaskedWindows
 from sprout_lab.data.tokenizers import ByteTokenizer
-from sprout_lab.evaluation.metrics import evaluate_model
+from sprout_lab.metrics import evaluate_model
 from sprout_lab.models.sprout import SproutConfig, SproutForMaskedLM
 from sprout_lab.trainers.growth import make_policy
 from sprout_lab.trainers.optimizers import build_optimizer, learning_rate_at

@@ -85,7 +85,7 @@ def test_ratios_are_paired():
 
 def test_without_a_clone_the_peer_is_named_absent(family, toy_parts, tmp_path):
     said, file = [], tmp_path / "bench.json"
-    rows = bench(family, repeats=1, output=file, say=said.append)
+    rows = bench(family, repeats=1, output=file, log=said.append)
     text = "\n".join(said)
     assert "nanoGPT: absent" in text and {r.part for r in rows} == {"training", "decoding", "tokenizer"}
     assert all(r.value is None for r in rows if r.against == "nanoGPT") and all(r.value for r in rows if r.against != "nanoGPT")
@@ -94,12 +94,12 @@ def test_without_a_clone_the_peer_is_named_absent(family, toy_parts, tmp_path):
     assert bench_rows(content) == [r for part in content["parts"] for r in rows if r.part == part]
     content["parts"]["quality"] = {"rows": []}
     file.write_text(json.dumps(content))
-    bench(family, only=["tokenizer"], repeats=1, output=file, say=said.append)
+    bench(family, only=["tokenizer"], repeats=1, output=file, log=said.append)
     assert list(read_bench(file)["parts"]) == ["training", "decoding", "tokenizer", "quality"]    # the others stay
 
 
 def test_beside_a_peer(family, toy_parts, peer, capsys):
-    rows = bench(family, nanogpt=peer, only=["training", "decoding"], repeats=1, say=lambda words: None)
+    rows = bench(family, nanogpt=peer, only=["training", "decoding"], repeats=1, log=lambda words: None)
     assert all(r.ratio > 0 for r in rows) and {r.against for r in rows} >= {"nanoGPT", "HF Llama", "HF generate"}
     assert capsys.readouterr().out == ""
     assert len(plot_bench(rows).png()) > 1000
@@ -128,7 +128,7 @@ def test_time_to_a_loss():
 @pytest.mark.parametrize("wrong, words", [(dict(only=["trainin"]), "did you mean 'training'"), (dict(repeats=0), "repeats"), (dict(nanogpt="/nowhere"), "model.py"),
                                           (dict(output="/nowhere/b.json"), "folder")])
 def test_mistakes_are_one_line(family, wrong, words):
-    with pytest.raises(ConfigError) as error: bench(family, **wrong, say=lambda words: None)
+    with pytest.raises(ConfigError) as error: bench(family, **wrong, log=lambda words: None)
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
@@ -204,18 +204,18 @@ HNetBitForCausalLM = SimplifiedSLMForCausalLM
 @pytest.mark.parametrize("name", ("slm", "hnet"))
 def test_recurrent_models_without_a_peer(name, tiny_recurrent, tmp_path):
     said, file = [], tmp_path / "bench.json"
-    rows = recurrent_benchmarks.bench_recurrent(get_family(name), repeats=1, output=file, say=said.append)
+    rows = recurrent_benchmarks.bench_recurrent(get_family(name), repeats=1, output=file, log=said.append)
     text = "\n".join(said)
     assert "prototype: absent" in text and ("matmulfreellm" if name == "slm" else "goombalab/hnet") + ": absent" in text
     assert {r.against for r in rows if r.value is None} == {"prototype", *recurrent_benchmarks.ABSENT[name]}
     assert all(r.value for r in rows if r.value is not None) and {"eager fp32", "state"} <= {r.against for r in rows}
-    recurrent_benchmarks.bench_recurrent(get_family(name), only=["memory"], repeats=1, output=file, say=said.append)
+    recurrent_benchmarks.bench_recurrent(get_family(name), only=["memory"], repeats=1, output=file, log=said.append)
     content = read_bench(file)
     assert list(content["parts"]) == [f"{name} {part}" for part in recurrent_benchmarks.RECURRENT_PARTS[name]] and bench_rows(content)[:2] == rows[:2]
 
 
 def test_recurrent_models_beside_a_peer(tiny_recurrent, prototype):
-    rows = recurrent_benchmarks.bench_recurrent(get_family("slm"), simplified_slm=prototype, only=["scan", "training", "generation"], repeats=1, say=lambda words: None)
+    rows = recurrent_benchmarks.bench_recurrent(get_family("slm"), simplified_slm=prototype, only=["scan", "training", "generation"], repeats=1, log=lambda words: None)
     measured = [r for r in rows if r.against == "prototype"]
     assert len(measured) == 7 and all(r.ratio > 0 for r in measured) and sum(r.target is not None for r in measured) == 5
 

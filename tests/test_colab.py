@@ -170,7 +170,7 @@ def test_top_to_bottom_as_in_colab_and_on_after_a_kill_elsewhere(clean):
     assert (home / "asked").read_text().splitlines() == [f"mount {home / 'drive'}", f"download {name}.zip"]
     with zipfile.ZipFile(home / f"in_colab/{name}.zip") as archive: archive.extractall(home / "unpacked")
     from sprout_lab.families import load_model
-    model, tokenizer = load_model(home / "unpacked" / name, say=lambda words: None)
+    model, tokenizer = load_model(home / "unpacked" / name, log=lambda words: None)
     assert tokenizer.encode("a") and model.config.num_hidden_layers
 
     second = home / "elsewhere/runs" / name   # the same training, killed between two checkpoints

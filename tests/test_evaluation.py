@@ -23,7 +23,7 @@ from sprout_lab.decoding.sampling import SamplingConfig
 from sprout_lab.evaluation.evaluator import Comparison, EvaluationConfig, Evaluator, count_bytes, write_results
 from sprout_lab.evaluation.harness import choice_task, harness_table, run_harness
 from sprout_lab.evaluation.health import health_layers, layer_health
-from sprout_lab.evaluation.metrics import (aligned_targets, baselines, bits_per_byte, byte_entropy, distinct_n, evaluate_model, invalid_bytes,
+from sprout_lab.metrics import (aligned_targets, baselines, bits_per_byte, byte_entropy, distinct_n, evaluate_model, invalid_bytes,
                                            summarize, target_ranks, token_sums, utf8_validity)
 from sprout_lab.evaluation.surprise import text_surprise
 from sprout_lab.models.transformer import TransformerConfig, TransformerForCausalLM
@@ -424,7 +424,7 @@ def evaluate(*args, **options):
     import sprout_lab.families   # noqa: F401
     from sprout_lab.evaluation.commands import evaluate_from_options
     lines = []
-    results = evaluate_from_options(*args, say=lines.append, **options)
+    results = evaluate_from_options(*args, log=lines.append, **options)
     return results, "\n".join(lines)
 
 

@@ -16,7 +16,7 @@ from sprout_lab.data.tokenizers import ByteTokenizer
 from sprout_lab.models.sprout import SproutConfig, SproutForCausalLM, SproutForMaskedLM
 from sprout_lab.runs import read_log
 from sprout_lab.trainers.growth import (
-    EpochSummary, Growth, GrowthPolicy, ImbalanceGrowth, PlateauGrowth, POLICIES, ThresholdGrowth, idle_nodes, make_policy, tidy, twins)
+    EpochSummary, Growth, GrowthPolicy, ImbalanceGrowth, PlateauGrowth, POLICIES, ThresholdGrowth, idle_nodes, make_policy, prune_and_merge, similar_leaves)
 from sprout_lab.trainers.trainer import Trainer
 
 
@@ -39,7 +39,7 @@ def trainer(folder, growth=None, extra=(), said=None, causal=False, model=(), **
     masked = {} if causal else dict(batches=MaskedBatches(data.train, tokenizer, 4, 32, seed=42),
                                     windows=lambda limit: MaskedWindows(data.validation, tokenizer, 32, 4, max_batches=limit or 4))
     said = [] if said is None else said
-    return Trainer((SproutForCausalLM if causal else SproutForMaskedLM)(config), data, run, say=said.append, extra_callbacks=[growth or Growth(), *extra], **masked)
+    return Trainer((SproutForCausalLM if causal else SproutForMaskedLM)(config), data, run, log=said.append, extra_callbacks=[growth or Growth(), *extra], **masked)
 
 
 def state(one): return {name: value.clone() for name, value in one.model.state_dict().items()}
@@ -176,19 +176,19 @@ def test_tidy_prunes_the_idle_and_merges_old_twins():
     for step in range(2): feed(model); GrowthPolicy().grow(model, step=step)
     assert idle_nodes(model.tree, 2) == [2] and idle_nodes(model.tree, 3) == []
     before = model.eval()(ids := torch.randint(50, (8, 8))).logits
-    events = tidy(model.train(), prune_after=2, optimizer=optimizer, step=7)
+    events = prune_and_merge(model.train(), prune_after=2, optimizer=optimizer, step=7)
     assert [(e.action, e.child_id, e.step) for e in events] == [("pruned", 2, 7)] and model.config.tree == [-1, 0]
     torch.testing.assert_close(model.eval()(ids).logits, before)
 
     model = toy(tree=[-1, 0], max_depth=1, max_nodes=3)
     feed(model)
     model.grow(parents=[0])
-    assert twins(model.tree, 0.05) == [], "a newborn is no twin yet"
+    assert similar_leaves(model.tree, 0.05) == [], "a newborn is no twin yet"
     for step in range(3): feed(model); GrowthPolicy().grow(model, step=step)
-    (one, other, difference), = twins(model.tree, 0.05)
+    (one, other, difference), = similar_leaves(model.tree, 0.05)
     assert (one, other) == (1, 2) and 0 < difference < 0.05
     before = model.eval()(ids).logits
-    event, = tidy(model.train(), merge_tolerance=0.05)
+    event, = prune_and_merge(model.train(), merge_tolerance=0.05)
     assert event.action == "merged" and (model.eval()(ids).logits - before).norm() < 0.02 * before.norm()
 
 

@@ -114,7 +114,7 @@ def test_full_training_in_small_and_its_checkpoint(here, tales):
              f"Total nodes: {checkpoint['model_info']['total_nodes']}", f"Total params: {checkpoint['model_info']['total_params']:,}")
     assert words[1] == f"Loss: {best:.4f}" and 0 < checkpoint["accuracy"] < 1 and 0 < checkpoint["epoch"] < 3.1   # the last step may reach into the next epoch
     from sprout_lab.families import load_model
-    model, _ = load_model(f"{DRIVE}sprout_mlm_best.pt", say=lambda words: None)
+    model, _ = load_model(f"{DRIVE}sprout_mlm_best.pt", log=lambda words: None)
     info = model.get_model_info()
     assert words[3:] == (f"Total nodes: {info['total_nodes']}", f"Total params: {info['total_params']:,}") and checkpoint["model_info"]["max_nodes"] == 5
 

@@ -89,7 +89,7 @@ def test_held_out_windows_are_fixed_and_cover_the_text():
 
 
 def test_evaluation_of_a_masked_model_does_not_shift():
-    from sprout_lab.evaluation.metrics import evaluate_model
+    from sprout_lab.metrics import evaluate_model
 
     class Oracle(torch.nn.Module):
         "Knows the answer at its own place."

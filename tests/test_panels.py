@@ -50,7 +50,7 @@ def test_every_preset_is_shown_and_its_command_names_nothing_else(name):
     p = panel(name)
     for preset in families[name].presets:
         p.preset.value = preset
-        run, plain = p.config(), configure(name, {}, preset=preset, say=lambda words: None)
+        run, plain = p.config(), configure(name, {}, preset=preset, log=lambda words: None)
         assert run.to_dict() == plain.to_dict()
         assert f"--preset {preset}" in p.command
 
@@ -98,7 +98,7 @@ def test_what_is_typed_wrong_is_refused_in_the_panel(small):
 
 
 def test_stopped_in_an_evaluation_and_resumed_equals_never_stopped(small, tmp_path, monkeypatch):
-    make_trainer(configure("transformer", {**small, "output_dir": str(tmp_path / "whole")}), say=lambda words: None).train()
+    make_trainer(configure("transformer", {**small, "output_dir": str(tmp_path / "whole")}), log=lambda words: None).train()
     p = panel("transformer", **small)
     evaluate, stopped_at = Trainer.evaluate, []
 
@@ -225,11 +225,11 @@ def test_live_in_a_terminal_and_in_ci(small, monkeypatch, capsys, tmp_path):
     monkeypatch.delenv("CI", raising=False)
     spoken = Spoken()
     live = Live()
-    make_trainer(configure("transformer", {**small, "max_steps": 20, "output_dir": str(tmp_path / "terminal")}), extra_callbacks=[live], say=spoken).train()
+    make_trainer(configure("transformer", {**small, "max_steps": 20, "output_dir": str(tmp_path / "terminal")}), extra_callbacks=[live], log=spoken).train()
     assert live.where == "terminal" and sum("bits per byte" in line for line in spoken) == 2   # the trainer's own lines, once each
     monkeypatch.setenv("CI", "true")
     live = Live()
-    make_trainer(configure("transformer", {**small, "max_steps": 20, "output_dir": str(tmp_path / "ci")}), extra_callbacks=[live], say=lambda words: None).train()
+    make_trainer(configure("transformer", {**small, "max_steps": 20, "output_dir": str(tmp_path / "ci")}), extra_callbacks=[live], log=lambda words: None).train()
     assert live.where == "silent" and live.handles is None
     assert capsys.readouterr().out == ""
 

@@ -51,8 +51,8 @@ def data(): return load_data(DataConfig(sequence_length=32))
 
 
 def one(folder, data, extra=(), **flags):
-    run = configure("transformer", {**TINY, "output_dir": str(folder), **flags}, say=lambda words: None)
-    t = make_trainer(run, data=data, callbacks=[*(c for c in default_callbacks(run) if not isinstance(c, Results)), *extra], say=lambda words: None)
+    run = configure("transformer", {**TINY, "output_dir": str(folder), **flags}, log=lambda words: None)
+    t = make_trainer(run, data=data, callbacks=[*(c for c in default_callbacks(run) if not isinstance(c, Results)), *extra], log=lambda words: None)
     t.train()
     return t
 

@@ -118,8 +118,8 @@ def test_a_blind_router_is_blind_and_an_open_one_is_an_encoder():
     assert_close(table, table[:1].expand_as(table))
     open_ = build(tree=[-1, 0, 1], router="open").eval()
     x = open_.sprout.embed_tokens(ids := torch.randint(50, (2, 7)))
-    turns = open_.sprout.rope.turns(x, None, 0, 7)
-    for node in open_.sprout.nodes: x = node(x, turns=turns)
+    cos_sin = open_.sprout.rope.cos_sin(x, None, 0, 7)
+    for node in open_.sprout.nodes: x = node(x, cos_sin=cos_sin)
     assert_close(open_.sprout(ids).last_hidden_state, x)
 
 

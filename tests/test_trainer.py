@@ -30,8 +30,8 @@ def data(): return load_data(DataConfig(sequence_length=32))
 
 def trainer(folder, data=None, extra=(), said=None, **flags):
     said = [] if said is None else said
-    run = configure("transformer", {**TINY, "output_dir": str(folder), **flags}, say=said.append)
-    return make_trainer(run, data=data, extra_callbacks=extra, say=said.append)
+    run = configure("transformer", {**TINY, "output_dir": str(folder), **flags}, log=said.append)
+    return make_trainer(run, data=data, extra_callbacks=extra, log=said.append)
 
 
 def weights(model): return torch.cat([p.detach().flatten() for p in model.parameters()])
@@ -100,7 +100,7 @@ def test_damaged_checkpoint_is_noticed_and_the_one_before_used(tmp_path, data, h
     again.train()
     assert damage(run.step_folder(25)) is None
     said = []
-    model, _ = load_model(run.step_folder(25), say=said.append)
+    model, _ = load_model(run.step_folder(25), log=said.append)
     assert not said
 
 
@@ -194,7 +194,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, data):
         assert "\n" not in str(error.value)
         run = Run(disk / "run")
         assert run.steps() and damage(run.step_folder(run.steps()[-1])) is None
-        assert find_checkpoint(run.folder, prefer="latest", say=pytest.fail).name == f"step_{run.steps()[-1]}"
+        assert find_checkpoint(run.folder, prefer="latest", log=pytest.fail).name == f"step_{run.steps()[-1]}"
     finally: subprocess.run(["umount", str(disk)], check=True)
 
 

@@ -152,7 +152,7 @@ The best checkpoint, on all of the text that was held out, beside what compresso
 """),
             code("""
 from sprout_lab.evaluation.evaluator import Evaluator
-from sprout_lab.evaluation.metrics import held_out_baselines
+from sprout_lab.metrics import held_out_baselines
 from sprout_lab.families import load_model
 
 model, tokenizer = load_model(RUN)   # the best checkpoint, an ordinary Hugging Face model

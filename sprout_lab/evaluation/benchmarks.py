@@ -318,7 +318,7 @@ def train_ours(family, seed: int, preset: str = "nanogpt_cpu", **flags) -> list[
         data = load_data(run.data)
         seed_everything(seed, 0)
         model = family.model_class()(family.config_class(**{**run.model, "vocab_size": len(data.tokenizer)}))
-        trainer = Trainer(model, data, run, callbacks=[], say=lambda *words: None)
+        trainer = Trainer(model, data, run, callbacks=[], log=lambda *words: None)
         clock = Clock(scoring_steps(trainer.total_steps), Windows(data.validation, run.data.sequence_length, 128))
         trainer.callbacks.append(clock)
         trainer.train()
@@ -413,7 +413,7 @@ def bench_rows(content: dict) -> list[Row]:
     "The rows of such a file."
     return [Row(**{k: v for k, v in row.items() if k != "met"}) for part in content["parts"].values() for row in part["rows"]]
 
-def measure(parts: dict[str, Callable], load_peer: Callable, *, only=(), usual=None, repeats: int = 5, output=None, benchmark: str, prefix: str = "", say=print) -> list[Row]:
+def measure(parts: dict[str, Callable], load_peer: Callable, *, only=(), usual=None, repeats: int = 5, output=None, benchmark: str, prefix: str = "", log=print) -> list[Row]:
     """Measure some `parts` (name → function of (peer, repeats) that gives rows) on one thread, say the table, and with `output` write it as JSON under `prefix` and the part's name.
 
     `load_peer()`: the peer, called when everything else was checked; none where it is absent. `only`: names of parts; without them the `usual` ones, or all. In an `output` that exists, the parts measured
@@ -425,32 +425,32 @@ def measure(parts: dict[str, Callable], load_peer: Callable, *, only=(), usual=N
     if path and not path.resolve().parent.is_dir(): raise ConfigError(f"{output}: its folder does not exist; make it first")
     if path and path.exists(): read_bench(path)
     peer = load_peer()
-    say("CPU seconds of one thread; sides alternate; median of paired ratios and their range")
+    log("CPU seconds of one thread; sides alternate; median of paired ratios and their range")
     rows = []
     with one_thread():
         for name in only or usual or parts:
-            say(f"measuring {name}")
+            log(f"measuring {name}")
             measured = parts[name](peer, repeats)
             rows += measured
             if path is None: continue
             held = read_bench(path)["parts"] if path.exists() else {}
             held[prefix + name] = {"date": time.strftime("%Y-%m-%d", time.gmtime()), "machine": machine(), "repeats": repeats, "rows": [{**asdict(row), "met": row.met} for row in measured]}
             path.write_text(json.dumps({"benchmark": benchmark, "parts": held}, indent=1) + "\n", encoding="utf-8")
-    say(bench_table(rows))
+    log(bench_table(rows))
     for row in rows:
-        if row.part == "quality": say(f"{row.what}: {row.note}")
-    if path: say(f"written: {output}")
+        if row.part == "quality": log(f"{row.what}: {row.note}")
+    if path: log(f"written: {output}")
     return rows
 
-def bench(family, nanogpt=None, only=(), repeats: int = 5, output=None, say=print) -> list[Row]:
+def bench(family, nanogpt=None, only=(), repeats: int = 5, output=None, log=print) -> list[Row]:
     """Measure the transformer against its named peers: see `measure`. `nanogpt`: folder of a clone. `only`: some of training, decoding, tokenizer, quality; by default the first three."""
     if family.name != "transformer": raise ConfigError(f"family={family.name!r}: is measured by another function; `sprout-lab bench {family.name}` finds it")
     def peer():
         module = load_nanogpt(nanogpt)
-        if module is None: say("nanoGPT: absent (--nanogpt DIR names a clone)")
+        if module is None: log("nanoGPT: absent (--nanogpt DIR names a clone)")
         return module
     parts = {name: (lambda peer, repeats, part=part: part(family, peer, repeats)) for name, part in PARTS.items()}
-    return measure(parts, peer, only=only, usual=("training", "decoding", "tokenizer"), repeats=repeats, output=output, benchmark=family.name, say=say)
+    return measure(parts, peer, only=only, usual=("training", "decoding", "tokenizer"), repeats=repeats, output=output, benchmark=family.name, log=log)
 
 # %% ../../nbs/evaluation/benchmarks.ipynb #df4faf59
 def plot_bench(rows: list[Row]):

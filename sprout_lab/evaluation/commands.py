@@ -41,14 +41,14 @@ def held_out_config(folder, data_dir=None, dataset=None) -> DataConfig:
     return DataConfig(**settings)
 
 def evaluate_from_options(model_path, data_dir=None, dataset=None, output_dir=None, sequence_length: int | None = None, batch_size: int = 16, max_batches: int | None = None,
-                          num_samples: int = 0, compare=(), tasks: str | None = None, say=print) -> dict:
+                          num_samples: int = 0, compare=(), tasks: str | None = None, log=print) -> dict:
     """Evaluate a run's checkpoint (`best`, for the folder of a run) and write `evaluation_results.json`; returns the results.
 
     The text is what the run held out, or the held-out part of `data_dir` or `dataset`. `compare`: further checkpoints for the same table, each with its own tokenizer
     on the same text. `num_samples`: also generate. `tasks`: names or files for `lm_eval`, separated by commas, instead of the text. `output_dir`: where the results go; without
     it into the run, and nowhere for a model that belongs to none. The family must be known to the Auto classes (import `sprout_lab.families`)."""
     if data_dir and dataset: raise ConfigError("data_dir and dataset are both given; one of them says what to evaluate on")
-    folder = find_checkpoint(model_path, say=say)
+    folder = find_checkpoint(model_path, log=log)
     run = Run(folder.parent.parent)
     model, tokenizer = _ready(folder)
     target = user_path(output_dir) / "evaluation_results.json" if output_dir else run.evaluation if run.exists() else None
@@ -56,7 +56,7 @@ def evaluate_from_options(model_path, data_dir=None, dataset=None, output_dir=No
     if masked and tasks: raise ConfigError(f"{folder}: is a masked model, and lm_eval's tasks ask what comes next; leave tasks out")
     if tasks:
         results = run_harness(model, tokenizer, [t.strip() for t in tasks.split(",") if t.strip()], batch_size=batch_size)
-        say(harness_table(results))
+        log(harness_table(results))
         evaluator = Evaluator(model, tokenizer)
         evaluator.results["tasks"] = results
     else:
@@ -67,24 +67,24 @@ def evaluate_from_options(model_path, data_dir=None, dataset=None, output_dir=No
         evaluator = Evaluator(model, tokenizer, settings)
         data = load_data(config.model_copy(update={"sequence_length": 1, "vocab_size": None}), tokenizer)
         metrics = evaluator.evaluate(data.validation)
-        say(f"{folder.name} on {data.name} (held out), windows of {length} tokens")
+        log(f"{folder.name} on {data.name} (held out), windows of {length} tokens")
         for name in ("bits_per_byte", "loss", "perplexity", "accuracy", "top5_accuracy"):
-            if metrics.get(name) is not None: say(f"  {METRICS[name][0]:<24}{METRICS[name][2].format(metrics[name])}")
-        say(f"  {'hidden tokens' if masked else 'tokens':<24}{metrics['num_tokens']:,}")
+            if metrics.get(name) is not None: log(f"  {METRICS[name][0]:<24}{METRICS[name][2].format(metrics[name])}")
+        log(f"  {'hidden tokens' if masked else 'tokens':<24}{metrics['num_tokens']:,}")
         if masked:
             stretch = data.validation[:PSEUDO_TOKENS]
             metrics |= {"pseudo_log_likelihood": pseudo_log_likelihood(model, tokenizer, tokenizer.decode([int(i) for i in stretch]), window=length)}
-            say(f"  {'pseudo bits per byte':<24}{metrics['pseudo_log_likelihood']['pseudo_bits_per_byte']:.4f} (the first {len(stretch):,} tokens, each hidden alone; no bits per byte, for both sides are seen)")
+            log(f"  {'pseudo bits per byte':<24}{metrics['pseudo_log_likelihood']['pseudo_bits_per_byte']:.4f} (the first {len(stretch):,} tokens, each hidden alone; no bits per byte, for both sides are seen)")
         if compare:
             rows = Comparison({folder.name: metrics})
             for path in compare:
-                other = find_checkpoint(path, say=say)
+                other = find_checkpoint(path, log=log)
                 other_model, other_tokenizer = _ready(other)
                 if fills_gaps(other_model) != masked: raise ConfigError(f"{other} and {folder}: one fills gaps and one says what comes next; their losses are answers to different questions and do not belong into one table")
                 name = other.name if other.name not in rows else str(path)
                 rows[name] = Evaluator(other_model, other_tokenizer, settings).evaluate(load_data(config.model_copy(update={"sequence_length": 1, "vocab_size": None}), other_tokenizer).validation)
             evaluator.results["checkpoints"] = rows
-            say(str(rows))
+            log(str(rows))
             if target is not None:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 rows.figure().savefig(target.with_name("comparison.png"), dpi=150, bbox_inches="tight")
@@ -92,12 +92,12 @@ def evaluate_from_options(model_path, data_dir=None, dataset=None, output_dir=No
             windows = [data.validation[start:start + length] for start in range(0, num_samples * length, length)]
             fillings = [fill_sample(model, tokenizer, window, *evaluator.gap_rules, seed=number).marked for number, window in enumerate(windows) if len(window)]
             evaluator.results["fillings"] = fillings
-            for text in fillings: say(f"  {text!r}")
+            for text in fillings: log(f"  {text!r}")
         elif num_samples:
             if tokenizer is None: raise ConfigError(f"{folder}: has no tokenizer, so it cannot write text; leave num_samples out")
             written = evaluator.evaluate_generation("\n", num_samples=num_samples, max_tokens=min(200, (limit or 10**6) - 1))
-            for name in ("utf8_validity", "distinct_1", "distinct_2"): say(f"  {name.replace('_', ' '):<24}{written[name]:.3f}")
-    if target is not None: say(f"results: {evaluator.save_results(target, checkpoint=str(folder.name))}")
+            for name in ("utf8_validity", "distinct_1", "distinct_2"): log(f"  {name.replace('_', ' '):<24}{written[name]:.3f}")
+    if target is not None: log(f"results: {evaluator.save_results(target, checkpoint=str(folder.name))}")
     return evaluator.results
 
 def _ready(folder):

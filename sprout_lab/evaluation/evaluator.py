@@ -20,7 +20,7 @@ from ..data.batches import Windows
 from ..data.masking import MaskedWindows, fills_gaps
 from ..data.tokenizers import ByteTokenizer, encode_array, keeps_text
 from ..decoding.sampling import SamplingConfig, generate_text
-from .metrics import distinct_n, evaluate_sums, invalid_bytes, summarize, utf8_validity
+from ..metrics import distinct_n, evaluate_sums, invalid_bytes, summarize, utf8_validity
 from ..runs import find_checkpoint
 from ..trainers.checkpoints import load_pretrained
 from ..visualizers.curves import METRICS, plot_comparison

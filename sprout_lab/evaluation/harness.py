@@ -22,7 +22,7 @@ from transformers import AutoTokenizer
 from ..configs import ConfigError
 from ..decoding.sampling import generate_text
 from .evaluator import load_model
-from .metrics import evaluation_mode
+from ..metrics import evaluation_mode
 from ..runs import find_checkpoint
 
 try: from lm_eval.api.model import TemplateLM

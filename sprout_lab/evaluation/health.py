@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..configs import ConfigError
-from .metrics import aligned_targets
+from ..metrics import aligned_targets
 
 # %% ../../nbs/evaluation/health.ipynb #ede75793
 def health_layers(model: nn.Module) -> dict[str, nn.Module]:

@@ -225,13 +225,13 @@ def bench_memory(family, peer=None, repeats: int = 5, size: str | None = None, l
 RECURRENT_PARTS = {"slm": {"scan": bench_scan, "training": bench_training, "generation": bench_generation, "memory": bench_memory},
                    "hnet": {"training": bench_training, "generation": bench_generation, "memory": bench_memory}}
 
-def bench_recurrent(family, simplified_slm=None, only=(), repeats: int = 5, output=None, say=print) -> list[Row]:
+def bench_recurrent(family, simplified_slm=None, only=(), repeats: int = 5, output=None, log=print) -> list[Row]:
     """Measure slm or hnet against its named peers: see `measure`. `simplified_slm`: folder of a clone of the prototype. `only`: some of the family's `RECURRENT_PARTS`. The two families' parts stand in one file
     under names of their own."""
     if family.name not in RECURRENT_PARTS: raise ConfigError(f"family={family.name!r}: one of {', '.join(RECURRENT_PARTS)} is needed")
     def peer():
         module = load_simplified_slm(simplified_slm)
-        if module is None: say("prototype: absent (--simplified_slm DIR names a clone)")
+        if module is None: log("prototype: absent (--simplified_slm DIR names a clone)")
         return module
     parts = {name: (lambda peer, repeats, part=part: part(family, peer, repeats)) for name, part in RECURRENT_PARTS[family.name].items()}
-    return measure(parts, peer, only=only, repeats=repeats, output=output, benchmark="slm", prefix=f"{family.name} ", say=say)
+    return measure(parts, peer, only=only, repeats=repeats, output=output, benchmark="slm", prefix=f"{family.name} ", log=log)

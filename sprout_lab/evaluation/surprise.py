@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..configs import ConfigError
-from .metrics import evaluation_mode
+from ..metrics import evaluation_mode
 
 # %% ../../nbs/evaluation/surprise.ipynb #0f4ea908
 @dataclass

@@ -107,7 +107,7 @@ def bench_tree_training(repeats: int = 5, widths=(512, 256), batch: int = BATCH)
             rows.append(compare("memory", f"5 nodes of {width}, {batch}×{LENGTH}, peak", {side: [mib] for side, mib in memory.items()}, "ours", "prototype", unit="MiB", cost=True, target="<= 1" if width == 512 else None))
     return rows
 
-def bench_trees(family, only=(), repeats: int = 5, output=None, say=print) -> list[Row]:
+def bench_trees(family, only=(), repeats: int = 5, output=None, log=print) -> list[Row]:
     "Measure sprout against the prototype's restatement: see `measure`. `only`: training is all there is."
     if family.name != "sprout": raise ConfigError(f"family={family.name!r}: is no tree; sprout is one")
-    return measure({"training": lambda peer, repeats: bench_tree_training(repeats)}, lambda: None, only=only, repeats=repeats, output=output, benchmark=family.name, say=say)
+    return measure({"training": lambda peer, repeats: bench_tree_training(repeats)}, lambda: None, only=only, repeats=repeats, output=output, benchmark=family.name, log=log)

@@ -34,7 +34,7 @@ class DecodeLayer(NamedTuple):
     keys: Tensor
     values: Tensor
 
-def decode_step_reference(x: Tensor, layers: list[DecodeLayer], num_heads: int, past: int, turns: tuple | None = None, half: bool = False, norm: str = "pre",
+def decode_step_reference(x: Tensor, layers: list[DecodeLayer], num_heads: int, past: int, cos_sin: tuple | None = None, half: bool = False, norm: str = "pre",
                           eps: float = 1e-5, mask: Tensor | None = None, last_norm: Tensor | None = None) -> Tensor:
     "The definition of `decode_step`."
     batch, width = x.shape
@@ -43,7 +43,7 @@ def decode_step_reference(x: Tensor, layers: list[DecodeLayer], num_heads: int, 
         y = rms_norm_reference(x, layer.norm1, eps) if norm == "pre" else x
         q, k, v = split(y @ layer.q.T), split(y @ layer.k.T), split(y @ layer.v.T)
         if layer.q_norm is not None: q, k = rms_norm_reference(q, layer.q_norm, eps), rms_norm_reference(k, layer.k_norm, eps)
-        if turns is not None: q, k = (rotary_reference(t.unsqueeze(1), *(c.unsqueeze(-2) for c in turns), half).squeeze(1) for t in (q, k))
+        if cos_sin is not None: q, k = (rotary_reference(t.unsqueeze(1), *(c.unsqueeze(-2) for c in cos_sin), half).squeeze(1) for t in (q, k))
         layer.keys[:, :, past], layer.values[:, :, past] = k, v
         keys, values = (t[:, :, :past + 1].repeat_interleave(num_heads // t.shape[1], 1) for t in (layer.keys, layer.values))
         mixed = F.scaled_dot_product_attention(q.unsqueeze(2), keys, values, None if mask is None else mask[:, None, None])
@@ -308,20 +308,20 @@ def can_decode_step() -> bool:
     "Whether the C path is there: a compiler was found and torch.compile is not tracing."
     return not torch.compiler.is_compiling() and load_c(DECODE_C, "decode") is not None
 
-def decode_step(x: Tensor, layers: list[DecodeLayer], num_heads: int, past: int, turns: tuple | None = None, half: bool = False, norm: str = "pre",
+def decode_step(x: Tensor, layers: list[DecodeLayer], num_heads: int, past: int, cos_sin: tuple | None = None, half: bool = False, norm: str = "pre",
                 eps: float = 1e-5, mask: Tensor | None = None, last_norm: Tensor | None = None) -> Tensor:
     """All `layers` for one new token per row: `x (batch, width)` → the same shape; keys and values are written at column `past`.
 
     `turns`: cosines and sines `(batch or 1, head_dim/2)` for each row's position, or none; `half` as for `rotary`; `norm`: "pre", "post" or "none";
     `mask (batch, past+1)`: True = visible; `last_norm (width,)`: gains of an RMSNorm after the last layer. float32 tensors on a CPU, contiguous, without gradients, run in C; others by the definition."""
     if x.dtype != torch.float32 or x.device.type != "cpu" or not can_decode_step():
-        return decode_step_reference(x, layers, num_heads, past, turns, half, norm, eps, mask, last_norm)
+        return decode_step_reference(x, layers, num_heads, past, cos_sin, half, norm, eps, mask, last_norm)
     x = x.clone()
     batch, width = x.shape
     first = layers[0]
     kv_heads, capacity, ff = first.keys.shape[1], first.keys.shape[2], first.w1.shape[0]
     addresses = (ctypes.c_void_p * (13 * len(layers)))(*[None if t is None else t.data_ptr() for layer in layers for t in layer])
-    cos, sin = (t.contiguous() for t in turns) if turns is not None else (None, None)
+    cos, sin = (t.contiguous() for t in cos_sin) if cos_sin is not None else (None, None)
     if mask is not None: mask = mask.contiguous()
     scratch = torch.empty(batch * (3 * width + 2 * kv_heads * width // num_heads + 2 * ff) + past + 1)
     size = ctypes.c_int64

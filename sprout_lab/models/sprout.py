@@ -146,7 +146,7 @@ class Tokens:
     length: int
     places: torch.Tensor
     own: torch.Tensor | None
-    turns: tuple
+    cos_sin: tuple
 
 class SproutNode(GradientCheckpointingLayer):
     """One node of the tree: attention → feed-forward network → router. `forward` is the first two; the tree asks the router.
@@ -174,13 +174,13 @@ class SproutNode(GradientCheckpointingLayer):
 
     def _drop(self, x): return F.dropout(x, self.dropout, self.training) if self.dropout else x
 
-    def forward(self, x, *, turns=None, mask=None, bias=None, tokens: Tokens | None = None, past_key_values=None, layer_idx: int = 0, weights=None):
+    def forward(self, x, *, cos_sin=None, mask=None, bias=None, tokens: Tokens | None = None, past_key_values=None, layer_idx: int = 0, weights=None):
         """Whole sequences: `x (n, length, d)` → same. Tokens: `x (n, d)`, those of `tokens.places` → `(own, d)`. `bias`: added to what attention
         reads, like `x`. `mask`: as for `attend`, `(n or batch, 1, queries, keys)`."""
         read = self.input_layernorm(x)
         if bias is not None: read = read + bias
         if tokens is None:
-            mixed = self.self_attn(read, turns=turns, mask=mask, causal=False, weights=weights)
+            mixed = self.self_attn(read, cos_sin=cos_sin, mask=mask, causal=False, weights=weights)
         else:
             own = tokens.own
             mixed = self._mix(read, tokens, mask, past_key_values, layer_idx, weights)
@@ -193,7 +193,7 @@ class SproutNode(GradientCheckpointingLayer):
         attention, own = self.self_attn, tokens.own
         heads = (-1, read.shape[-1] // attention.head_dim, attention.head_dim)
         k, v = attention.k_proj(read).view(heads), attention.v_proj(read).view(heads)
-        k = rotary(k, *tokens.turns)
+        k = rotary(k, *tokens.cos_sin)
         mine = tokens.places if own is None else tokens.places[own]
         cells = tokens.batch * tokens.length
         whole = lambda t, places: t if len(places) == cells else t.new_zeros(cells, *t.shape[1:]).index_copy(0, places, t)
@@ -202,7 +202,7 @@ class SproutNode(GradientCheckpointingLayer):
         if past_key_values is not None: k, v = past_key_values.update(k, v, layer_idx)
         if not len(mine): return read[:0]
         q = attention.q_proj(read if own is None else read[own]).view(heads)
-        q = grid(rotary(q, *(tokens.turns if own is None else (t[own] for t in tokens.turns))), mine)
+        q = grid(rotary(q, *(tokens.cos_sin if own is None else (t[own] for t in tokens.cos_sin))), mine)
         mixed = attend(q, k, v, mask, False, attention.dropout if self.training else 0.0, weights)
         mixed = mixed.transpose(1, 2).reshape(cells, -1)
         return attention.o_proj(mixed if len(mine) == cells else mixed[mine])
@@ -531,13 +531,13 @@ class SproutModel(SproutPreTrainedModel):
         longest = past + length if position_ids is None else int(position_ids.max()) + 1
         if longest > config.max_position_embeddings:
             raise ConfigError(f"sequence of {longest} tokens: the model sees at most max_position_embeddings={config.max_position_embeddings}; shorten the text or build a model with a larger limit")
-        turns = self.rope.turns(x, position_ids, past, length)
+        cos_sin = self.rope.cos_sin(x, position_ids, past, length)
         if context_bias is not None: context_bias = context_bias.to(x.dtype).expand(x.shape)
         weights = [] if (config.output_attentions if output_attentions is None else output_attentions) else None
         log = PathLog(config.compatibility_threshold, batch, length if self.routing == "token" else None)
         walk = _Walk(self, log, weights)
-        if self.routing == "token": x = walk.tokens(x, visible, turns, context_bias, past_key_values, past)
-        else: x = walk.sequences(x, visible, turns, context_bias)
+        if self.routing == "token": x = walk.tokens(x, visible, cos_sin, context_bias, past_key_values, past)
+        else: x = walk.sequences(x, visible, cos_sin, context_bias)
         if self.training: self._count(walk)
         if not (config.log_paths if log_paths is None else log_paths): log = PathLog(config.compatibility_threshold)
         return SproutOutput(last_hidden_state=x, past_key_values=past_key_values if use_cache else None, path_log=log, num_nodes=len(self.nodes),
@@ -785,7 +785,7 @@ class _Walk:
         idle += [p.flatten()[0] for i, node in enumerate(self.nodes) if i in self.arrived and i not in self.routed and node.router is not None for p in node.router.parameters()]
         return x + 0.0 * torch.stack(idle).sum() if idle else x
 
-    def sequences(self, x, visible, turns, bias):
+    def sequences(self, x, visible, cos_sin, bias):
         "`x (batch, length, d)`: every example goes its own way (or all one way)."
         batch, length, _ = x.shape
         take = lambda t, rows: t if t is None or rows is None else t[rows]
@@ -797,8 +797,8 @@ class _Walk:
                 node, here = self.nodes[node_id], take(visible, rows)
                 mask, seen = None if here is None else here[:, None, None, :] | ~here.any(1)[:, None, None, None], None
                 if self.weights is not None: mask, seen = attention_bias(torch.ones(1, 1, length, length, dtype=torch.bool, device=x.device) if mask is None else mask.expand(-1, 1, length, -1), length, length, x.dtype, x.device), []
-                local = turns if turns[0].dim() == 2 else tuple(take(t, rows) for t in turns)
-                out = node(state, turns=local, mask=mask, bias=take(bias, rows), weights=seen)
+                local = cos_sin if cos_sin[0].dim() == 2 else tuple(take(t, rows) for t in cos_sin)
+                out = node(state, cos_sin=local, mask=mask, bias=take(bias, rows), weights=seen)
                 self.arrived[node_id] = len(state)
                 if gate is not None: out = state + gate[:, None, None].to(state.dtype) * (out - state)
                 if seen: level[slice(None) if rows is None else rows] = seen[0].to(level.dtype)
@@ -817,7 +817,7 @@ class _Walk:
         rows = torch.cat([rows for _, rows in done])
         return self.touch(torch.cat([state for state, _ in done])[rows.argsort()])
 
-    def tokens(self, x, visible, turns, bias, cache, past: int):
+    def tokens(self, x, visible, cos_sin, bias, cache, past: int):
         "`x (batch, length, d)`: every token goes its own way; what entered a node is seen by all of its children."
         batch, length, d = x.shape
         device, columns = x.device, past + length
@@ -825,7 +825,7 @@ class _Walk:
         order = key <= query if self.tree.causal else torch.ones(length, columns, dtype=torch.bool, device=device)
         here = torch.ones(batch, length, dtype=torch.bool, device=device) if visible is None else visible[:, past:]
         flat, biases = x.reshape(batch * length, d), None if bias is None else bias.reshape(batch * length, d)
-        turns = tuple(t.expand(batch, length, -1).reshape(batch * length, -1) for t in turns)
+        cos_sin = tuple(t.expand(batch, length, -1).reshape(batch * length, -1) for t in cos_sin)
         places = torch.arange(batch * length, device=device) if visible is None else here.flatten().nonzero().squeeze(1)
         groups, visited = [(0, places, None, None)], set()
         while groups:
@@ -838,7 +838,7 @@ class _Walk:
                 if self.weights is not None: mask = attention_bias(mask, length, columns, x.dtype, device)
                 seen = None if self.weights is None else []
                 everything = len(entered) == batch * length
-                tokens = Tokens(batch, length, entered, own, turns if everything else tuple(t[entered] for t in turns))
+                tokens = Tokens(batch, length, entered, own, cos_sin if everything else tuple(t[entered] for t in cos_sin))
                 state = flat if everything else flat[entered]
                 out = node(state, tokens=tokens, mask=mask, bias=None if biases is None else biases[entered], past_key_values=cache, layer_idx=node_id, weights=seen)
                 visited.add(node_id)

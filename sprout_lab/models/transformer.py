@@ -157,7 +157,7 @@ class RotaryPositionalEmbedding(nn.Module):
         self.theta, self.d_k, self.max_seq_len, self.half = theta, d_k, max_seq_len, half
         self._tables = {}
 
-    def turns(self, like: torch.Tensor, token_positions: torch.Tensor | None = None, start: int = 0, length: int | None = None) -> tuple:
+    def cos_sin(self, like: torch.Tensor, token_positions: torch.Tensor | None = None, start: int = 0, length: int | None = None) -> tuple:
         """Cosines and sines `(length, d_k/2)` for positions `start … start+length-1`, or `(*token_positions.shape, d_k/2)` for explicit
         positions; on `like`'s device, in float32, or float64 if it is."""
         real = torch.float64 if like.dtype == torch.float64 else torch.float32
@@ -173,7 +173,7 @@ class RotaryPositionalEmbedding(nn.Module):
     def forward(self, x: torch.Tensor, token_positions: torch.Tensor | None = None) -> torch.Tensor:
         """`x (..., length, d_k)`; `token_positions (..., length)`, by default 0 … length-1. Positions `(batch, length)` serve
         `x (batch, heads, length, d_k)`, too."""
-        cos, sin = self.turns(x, token_positions, 0, x.shape[-2])
+        cos, sin = self.cos_sin(x, token_positions, 0, x.shape[-2])
         while 2 < cos.dim() < x.dim(): cos, sin = cos.unsqueeze(-3), sin.unsqueeze(-3)
         return rotary_reference(x.unsqueeze(-2), cos, sin, self.half).squeeze(-2)
 
@@ -228,7 +228,7 @@ class MultiHeadSelfAttention(nn.Module):
         self.q_norm = RMSNorm(self.head_dim, eps, device, dtype) if qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, eps, device, dtype) if qk_norm else None
 
-    def forward(self, x, token_positions=None, *, turns: tuple | None = None, mask=None, causal: bool = True,
+    def forward(self, x, token_positions=None, *, cos_sin: tuple | None = None, mask=None, causal: bool = True,
                 past_key_values: Cache | None = None, weights: list | None = None):
         """`token_positions (length,)` or `(batch, length)`, by default 0 … length-1. The model passes what is the same for all layers
         ready-made: `turns` from `rope.turns`, `mask` and `causal` as for `attend`."""
@@ -237,7 +237,7 @@ class MultiHeadSelfAttention(nn.Module):
         q, k, v = self.q_proj(x).view(heads), self.k_proj(x).view(heads), self.v_proj(x).view(heads)
         if self.q_norm is not None: q, k = self.q_norm(q), self.k_norm(k)
         if self.rope is not None:
-            cos, sin = self.rope.turns(q, token_positions, 0, length) if turns is None else turns
+            cos, sin = self.rope.cos_sin(q, token_positions, 0, length) if cos_sin is None else cos_sin
             q, k = rotary(q, cos, sin, self.rope.half), rotary(k, cos, sin, self.rope.half)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if past_key_values is not None: k, v = past_key_values.update(k, v, self.layer_idx)
@@ -467,7 +467,7 @@ class TransformerModel(TransformerPreTrainedModel):
         if longest > limit:
             raise ConfigError(f"sequence of {longest} tokens: the model sees at most max_position_embeddings={limit}; shorten the text or build a model with a larger limit")
 
-    def _one_step(self, x, mask, turns, cache, past: int):
+    def _one_step(self, x, mask, cos_sin, cache, past: int):
         "The blocks and the last norm for one new token per row by the decoding kernel, or none where it cannot be used: then they run themselves."
         config = self.config
         if torch.is_grad_enabled() or x.dtype != torch.float32 or x.device.type != "cpu" or type(cache) is not KeyValueCache: return None
@@ -477,8 +477,8 @@ class TransformerModel(TransformerPreTrainedModel):
         layers = [_decode_layer(block, room) for block, room in zip(self.layers._modules.values(), cache.layers)]
         last = None if self.norm is None else _weight(self.norm, RMSNorm)
         if any(layer is None for layer in layers) or (self.norm is not None and last is None): return None
-        if turns is not None: turns = tuple(t.flatten(0, -2) for t in turns)
-        x = decode_step(x[:, 0], layers, config.num_attention_heads, past, turns, config.position == "rope_half", config.norm, config.rms_norm_eps,
+        if cos_sin is not None: cos_sin = tuple(t.flatten(0, -2) for t in cos_sin)
+        x = decode_step(x[:, 0], layers, config.num_attention_heads, past, cos_sin, config.position == "rope_half", config.norm, config.rms_norm_eps,
                         None if mask is None else mask[:, 0, 0], last)
         for room in cache.layers: room.length = past + 1
         return x[:, None]
@@ -505,14 +505,14 @@ class TransformerModel(TransformerPreTrainedModel):
         short_training = device.type == "cpu" and dtype in (torch.bfloat16, torch.float16) and length <= 512 and past == 0 and torch.is_grad_enabled()
         if output_attentions or short_training or config._attn_implementation == "eager":
             if mask is None or mask.dtype == torch.bool: mask = attention_bias(mask, length, past + length, dtype, device)
-        turns = None if self.rope is None else self.rope.turns(x, position_ids, past, length)
+        cos_sin = None if self.rope is None else self.rope.cos_sin(x, position_ids, past, length)
 
         states = [x] if output_hidden_states else None
-        step = self._one_step(x, mask, turns, past_key_values, past) if length == 1 and past and states is None and weights is None else None
+        step = self._one_step(x, mask, cos_sin, past_key_values, past) if length == 1 and past and states is None and weights is None else None
         if step is not None: x = step
         else:
             for layer in self.layers:
-                x = layer(x, turns=turns, mask=mask, causal=causal, past_key_values=past_key_values, weights=weights)
+                x = layer(x, cos_sin=cos_sin, mask=mask, causal=causal, past_key_values=past_key_values, weights=weights)
                 if states is not None: states.append(x)
             if self.norm is not None:
                 x = self.norm(x)

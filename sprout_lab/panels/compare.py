@@ -110,7 +110,7 @@ class Comparison:
         "Choose runs from code, by folder or by name."
         known = {**{Path(folder).name: folder for _, folder in reversed(self.choice.options)}, **{folder: folder for _, folder in self.choice.options}}
         missing = [str(folder) for folder in folders if str(folder) not in known]
-        if missing: raise ConfigError(f"{missing[0]}: no such run below {self.root}; there is {', '.join(name for name in known if '/' not in name) or 'none'}")
+        if missing: raise ConfigError(f"{missing[0]}: no such run below {self.root}; choose from {', '.join(name for name in known if '/' not in name) or 'none'}")
         self.choice.value = tuple(known[str(folder)] for folder in folders)
 
     @one_at_a_time

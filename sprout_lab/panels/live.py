@@ -13,7 +13,7 @@ import time
 from IPython import get_ipython
 from IPython.display import HTML, Image, display
 
-from ..evaluation.metrics import held_out_baselines
+from ..metrics import held_out_baselines
 from ..runs import read_log
 from ..trainers.callbacks import Callback, Console
 from ..visualizers.curves import plot_bits_per_byte
@@ -126,14 +126,14 @@ class Live(Callback):
 
     def on_evaluate(self, trainer, row):
         self.validation.append({**row, "train_bits_per_byte": self._training_at(row["step"])})
-        if getattr(self, "prints", False): trainer.say(self._line(trainer, row))
+        if getattr(self, "prints", False): trainer.log(self._line(trainer, row))
 
     def on_step(self, trainer):
         if self.where == "notebook": self._put(trainer, "running")
 
     def on_end(self, trainer):
         if self.where == "notebook": self._put(trainer, trainer.stop_reason, always=True)
-        elif getattr(self, "prints", False): trainer.say(f"{trainer.stop_reason} at step {trainer.step:,}")
+        elif getattr(self, "prints", False): trainer.log(f"{trainer.stop_reason} at step {trainer.step:,}")
 
     # ---- what it makes of it
     def _training_at(self, step: int) -> float | None:

@@ -264,7 +264,7 @@ class Panel:
     def config(self) -> RunConfig:
         "The run that the controls describe; a `ConfigError` when they describe none."
         flags = {name: value for name, control in self.controls.items() if (value := get_control(self.specs[name], control)) != self.base[name]}
-        return configure(self.family.name, flags, preset=self.preset.value, say=lambda words: None)
+        return configure(self.family.name, flags, preset=self.preset.value, log=lambda words: None)
 
     @property
     def command(self) -> str:
@@ -281,7 +281,7 @@ class Panel:
             set_control(spec, self.controls[name], getattr(_unchecked(sections.get(spec.section) or self.family.config_class.settings)(**{name: value}), name))
 
     def _load_base(self) -> None:
-        run = configure(self.family.name, {}, preset=self.preset.value, say=lambda words: None)
+        run = configure(self.family.name, {}, preset=self.preset.value, log=lambda words: None)
         self.base = {name: value for part in run.to_dict().values() for name, value in part.items() if name in self.specs}
         for name, spec in self.specs.items():
             self.base.setdefault(name, spec.default)
@@ -377,14 +377,14 @@ class Panel:
         self.thread.start()
 
     # ---- in the thread
-    def _say(self, *words) -> None: self._enter(self.state, " ".join(map(str, words)))
+    def _log(self, *words) -> None: self._enter(self.state, " ".join(map(str, words)))
 
     def _train(self, run: RunConfig) -> None:
         try:
             live = Live(put_table=lambda text: setattr(self.table, "value", text), put_figure=self._put_figure, where="notebook")
             interruptible = Interruptible(self._asked.is_set)
             same_data = self.data is not None and self.data[0] == run.data
-            trainer = make_trainer(run, data=self.data[1] if same_data else None, say=self._say,
+            trainer = make_trainer(run, data=self.data[1] if same_data else None, log=self._log,
                                    extra_callbacks=[live, Samples(self._put_sample, self._asked.is_set), interruptible])
             if run.output.resume_from and trainer.step >= trainer.total_steps:
                 raise ConfigError(f"the run is finished at step {trainer.step:,}; raise max_steps to go on")
@@ -392,7 +392,7 @@ class Panel:
             interruptible.install(trainer)
             self.data, self.trainer, self.live, self._folder = (run.data.model_copy(), trainer.data), trainer, live, trainer.run.folder
             if self._asked.is_set(): trainer.stop("stopped")   # asked while the data was read
-            else: self._say(f"{sum(p.numel() for p in trainer.model.parameters()):,} parameters on {trainer.data.name}, in {trainer.run.folder}")
+            else: self._log(f"{sum(p.numel() for p in trainer.model.parameters()):,} parameters on {trainer.data.name}, in {trainer.run.folder}")
             with trainer.run.lock():
                 try: trainer.train()
                 except RolledBack:   # in the evaluation before the first step

@@ -68,7 +68,7 @@ def model_of(source, tokenizer):
         if source.running: raise ConfigError("the panel is training; press Stop, or wait for its end: one thread at a time may use a model")
         if source.model is None: raise ConfigError("the panel has no model yet; press Run")
     elif hasattr(source, "folder"): source = source.folder
-    if isinstance(source, (str, Path)): return load_model(source, say=lambda words: None)
+    if isinstance(source, (str, Path)): return load_model(source, log=lambda words: None)
     if hasattr(source, "model") and hasattr(source, "tokenizer"): source, tokenizer = source.model, tokenizer or source.tokenizer
     if tokenizer is None: raise ConfigError("a model alone cannot read; give its tokenizer, too, or the path of its run")
     return source, tokenizer

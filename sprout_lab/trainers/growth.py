@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['POLICIES', 'TREE_COLUMNS', 'GrowthPolicy', 'ThresholdGrowth', 'PlateauGrowth', 'ImbalanceGrowth', 'idle_nodes',
-           'twins', 'tidy', 'make_policy', 'renew', 'Growth', 'EpochSummary', 'epoch_summary']
+           'similar_leaves', 'prune_and_merge', 'make_policy', 'renew', 'Growth', 'EpochSummary', 'epoch_summary']
 
 # %% ../../nbs/trainers/growth.ipynb #02996ef2
 import torch
@@ -84,7 +84,7 @@ def idle_nodes(tree, checks: int) -> list[int]:
     idle = {i for i, node in enumerate(tree.nodes) if i and int(node.idle) >= checks}
     return sorted(i for i in idle if tree.nodes[i].parent not in idle)
 
-def twins(tree, tolerance: float, min_checks: int = 3) -> list[tuple[int, int, float]]:
+def similar_leaves(tree, tolerance: float, min_checks: int = 3) -> list[tuple[int, int, float]]:
     """Pairs of sibling leaves whose weights differ by less than `tolerance` (‖a − b‖ over the larger norm, keys included), nearest first. Both must have lived
     through `min_checks` growth checks: a newborn is a twin of the node that it was copied from."""
     pairs = []
@@ -97,11 +97,11 @@ def twins(tree, tolerance: float, min_checks: int = 3) -> list[tuple[int, int, f
             if difference < tolerance: pairs.append((i, j, difference))
     return sorted(pairs, key=lambda pair: pair[2])
 
-def tidy(model, *, prune_after: int | None = None, merge_tolerance: float | None = None, step: int | None = None, optimizer=None) -> list[GrowthEvent]:
+def prune_and_merge(model, *, prune_after: int | None = None, merge_tolerance: float | None = None, step: int | None = None, optimizer=None) -> list[GrowthEvent]:
     "Prune what has been idle for `prune_after` checks, and merge the nearest twins if there are any; returns what was done."
     events = []
     if prune_after is not None and (idle := idle_nodes(model.tree, prune_after)): events += model.prune(idle, optimizer=optimizer, step=step)
-    if merge_tolerance is not None and (pairs := twins(model.tree, merge_tolerance)): events.append(model.merge(*pairs[0][:2], optimizer=optimizer, step=step))
+    if merge_tolerance is not None and (pairs := similar_leaves(model.tree, merge_tolerance)): events.append(model.merge(*pairs[0][:2], optimizer=optimizer, step=step))
     return events
 
 # %% ../../nbs/trainers/growth.ipynb #d80ebf51
@@ -163,12 +163,12 @@ class Growth(Callback):
         else:
             before = len(model.tree.nodes)
             events = self.policy.grow(model, step=step, loss=trainer.last_evaluation.get("loss"), limit=self.limit, optimizer=trainer.optimizer)
-            gone = tidy(model, prune_after=config.prune_after, merge_tolerance=config.merge_tolerance, step=step, optimizer=trainer.optimizer)
+            gone = prune_and_merge(model, prune_after=config.prune_after, merge_tolerance=config.merge_tolerance, step=step, optimizer=trainer.optimizer)
             config.growth_state = self.policy.state() or None
             changes = [e for e in events if e.child_id is not None] + gone
             if changes and trainer.accelerator.num_processes > 1: renew(trainer)
-            for event in changes: trainer.say(self.sentence(event, model))
-            if before < config.max_nodes <= len(model.tree.nodes): trainer.say(f"⚠️  Node limit reached: {len(model.tree.nodes)}/{config.max_nodes} nodes")
+            for event in changes: trainer.log(self.sentence(event, model))
+            if before < config.max_nodes <= len(model.tree.nodes): trainer.log(f"⚠️  Node limit reached: {len(model.tree.nodes)}/{config.max_nodes} nodes")
             writes = writes or bool(changes)
         if writes and trainer.accelerator.is_main_process: self.write(trainer)
 
@@ -189,7 +189,7 @@ class Growth(Callback):
 
     def on_end(self, trainer):
         if not trainer.stop_reason.startswith("failed"): trainer.model.tree.sync()   # the last checkpoint may be written now
-        if trainer.model.config.visualize_structure: trainer.say(trainer.model.tree.structure_text())
+        if trainer.model.config.visualize_structure: trainer.log(trainer.model.tree.structure_text())
 
 class EpochSummary(Callback):
     "The guide's lines at the end of every epoch, from the last evaluation."
@@ -200,7 +200,7 @@ class EpochSummary(Callback):
         if int(trainer.epoch) <= self.told and trainer.step != trainer.total_steps: return
         self.told = int(trainer.epoch)
         epochs = self.begun(trainer, trainer.total_steps)
-        trainer.say(epoch_summary(trainer.model, epochs if trainer.step == trainer.total_steps else self.told, epochs, trainer.last_evaluation))
+        trainer.log(epoch_summary(trainer.model, epochs if trainer.step == trainer.total_steps else self.told, epochs, trainer.last_evaluation))
 
     @staticmethod
     def begun(trainer, step: int) -> int:

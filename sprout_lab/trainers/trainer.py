@@ -22,9 +22,9 @@ from torch import nn
 
 from ..configs import ConfigError, RunConfig, TrainingConfig
 from ..data.batches import Batches, Windows
-from ..evaluation.metrics import evaluate_model
+from ..metrics import evaluate_model
 from ..runs import Run, find_checkpoint, new_run_folder
-from .callbacks import Callback, RolledBack, default_callbacks, trackers_of
+from .callbacks import Callback, RolledBack, default_callbacks, build_trackers
 from .checkpoints import read_checkpoint, write_checkpoint
 from .optimizers import build_optimizer, learning_rate_at, optimizer_tensors
 from .parallel import check_parallel, clip_grad_norm, full_state_dict, gather, same_everywhere, shard
@@ -34,7 +34,7 @@ def device_of(name: str) -> str:
     "The device that `auto` means here, or a clear error when the named one is not there."
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto": return next(device for device in ("cuda", "mps", "cpu") if there[device])
-    if not there[name]: raise ConfigError(f"device={name}: is not available here; there is {', '.join(d for d, ok in there.items() if ok)}")
+    if not there[name]: raise ConfigError(f"device={name}: is not available here; choose from {', '.join(d for d, ok in there.items() if ok)}")
     return name
 
 def precision_of(name: str, device: str) -> str:
@@ -71,14 +71,14 @@ class Trainer:
     `batches` (index → dict of tensors, a pure function) and `windows` (iterable of held-out batches) replace the causal ones for other objectives."""
 
     def __init__(self, model: nn.Module, data, config: RunConfig, callbacks: list[Callback] | None = None, *, extra_callbacks: list[Callback] = (),
-                 batches=None, windows: Callable | None = None, say: Callable = print):
-        self.config, self.training, self.data, self.tokenizer, self.say = config, config.training, data, data.tokenizer, say
+                 batches=None, windows: Callable | None = None, log: Callable = print):
+        self.config, self.training, self.data, self.tokenizer, self.log = config, config.training, data, data.tokenizer, log
         out = config.output
         out.output_dir = out.output_dir or str(new_run_folder(config.family, out.experiment_name or config.data.dataset_name))
         self.run = Run(out.output_dir)
-        trackers_of(config)   # a missing one is found now
+        build_trackers(config)   # a missing one is found now
         self.accelerator = make_accelerator(self.training)
-        if not self.accelerator.is_main_process: self.say = lambda *words: None
+        if not self.accelerator.is_main_process: self.log = lambda *words: None
         self.divided = self.training.parallel != "data"   # the model is split over the processes; see trainers/parallel
         check_parallel(model, self.training.parallel, self.accelerator.num_processes)
         if self.training.parallel != "tensor" and self.training.batch_size % self.accelerator.num_processes:
@@ -247,9 +247,9 @@ class Trainer:
         saved, mine = state["batches"], self.batches_fingerprint()
         if saved != mine:
             name = next(n for n in mine if saved.get(n) != mine[n])
-            self.say(f"{name} was {saved.get(name)} and is {mine[name]}: the run goes on from step {state['step']}, on other batches than it would have had")
+            self.log(f"{name} was {saved.get(name)} and is {mine[name]}: the run goes on from step {state['step']}, on other batches than it would have had")
         if state.get("optimizer", self.training.optimizer) != self.training.optimizer:
-            self.say(f"optimizer was {state['optimizer']} and is {self.training.optimizer}: its moments begin anew where they do not fit")
+            self.log(f"optimizer was {state['optimizer']} and is {self.training.optimizer}: its moments begin anew where they do not fit")
         for name in self._counted: setattr(self, name, state[name])
         self.loss_total = torch.tensor(state["loss_total"], device=self.accelerator.device, dtype=self.loss_total.dtype)
         self.elapsed_before, self.started = state["elapsed"], time.monotonic()
@@ -259,7 +259,7 @@ class Trainer:
         continue; a damaged checkpoint is named and the one before it used."""
         path = path or self.run.folder
         if Run(path).checkpoints.is_dir() and not Run(path).steps(): return False
-        folder = find_checkpoint(path, prefer="latest", say=self.say)
+        folder = find_checkpoint(path, prefer="latest", log=self.log)
         self.load_state(folder)
-        self.say(f"resumed from {folder.name} of {folder.parent.parent.name}")
+        self.log(f"resumed from {folder.name} of {folder.parent.parent.name}")
         return True

@@ -167,7 +167,7 @@ def plot_comparison(table, metrics=("bits_per_byte", "accuracy", "top5_accuracy"
     if not rows: raise ConfigError("the table to compare has no rows; give at least one name with its metrics")
     known = list(dict.fromkeys(key for row in rows.values() for key in row))
     for metric in metrics:
-        if metric not in known: raise ConfigError(f"metric {metric!r}: no row has it{nearest(metric, known)}; there is {', '.join(known)}")
+        if metric not in known: raise ConfigError(f"metric {metric!r}: no row has it{nearest(metric, known)}; choose from {', '.join(known)}")
     figure, axes = new_figure(2.6 + 1.9 * len(metrics), 0.9 + row_height * max(2, len(rows)) + (0.5 if baselines and "bits_per_byte" in metrics else 0), columns=len(metrics), sharey=True, squeeze=False)
     height = np.arange(len(rows))[::-1]
     for index, (ax, metric) in enumerate(zip(axes[0], metrics)):
@@ -208,7 +208,7 @@ def plot_ablations(results: dict, reference: str | None = None, metric: str = "b
     `{"mean": …, "std": …}`. `reference`: the variant to compare with (the first one); differences from it are written beside."""
     if not results: raise ConfigError("there are no results to draw; give at least one variant with its values")
     reference = next(iter(results)) if reference is None else reference
-    if reference not in results: raise ConfigError(f"reference={reference!r}: no such variant{nearest(reference, results)}; there is {', '.join(map(str, results))}")
+    if reference not in results: raise ConfigError(f"reference={reference!r}: no such variant{nearest(reference, results)}; choose from {', '.join(map(str, results))}")
     rows = {}
     for name, given in results.items():
         if isinstance(given, dict): rows[name] = (np.empty(0), float(given["mean"]), float(given.get("std") or 0))
