@@ -6,7 +6,7 @@
 __all__ = ['PSEUDO_TOKENS', 'objectives', 'Fragment', 'Objective', 'Causal', 'Masked', 'register_objective', 'get_objective',
            'objective_of', 'auto_class_of']
 
-# %% ../nbs/objectives.ipynb #3ecccc5e
+# %% ../nbs/objectives.ipynb #0a13ae33
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -21,20 +21,21 @@ from .decoding.filling import fill_masks, fill_sample
 from .decoding.sampling import SamplingConfig, generate_text, stream_text
 from .metrics import evaluate_model, held_out_baselines
 
-# %% ../nbs/objectives.ipynb #386f52ac
+# %% ../nbs/objectives.ipynb #955c3a8d
 class Fragment(NamedTuple):
     "A piece of what a model writes: as it is `shown` (guesses in brackets, say) and as plain `text`."
     shown: str
     text: str
 
-# %% ../nbs/objectives.ipynb #f201b6af
+# %% ../nbs/objectives.ipynb #2e9df0b9
 class Objective:
     """What a model learns to do. Instances hold no state; one of each kind stands in `objectives`.
 
-    `name`: as in a configuration. `auto_class`: loads such models. `metric`: the column of a run's logs by which its evaluations and runs compare
-    (lower is better), in `unit`. `metrics`: what an evaluation tells, in order. `target`: what is predicted, for tables. `per_byte`: whether every
-    byte of a text is predicted once, so that there are bits per byte. `continues_text`: whether it says what comes next, so that it can be sampled
-    from, searched and served."""
+    `name`: as in a configuration. `auto_class`: loads such models. `metric`: the column of a run's
+    logs by which runs compare (lower is better), in `unit`. `metrics`: what an evaluation tells, in
+    order. `target`: what is predicted, for tables. `per_byte`: whether every byte of a text is
+    predicted once, so that there are bits per byte. `continues_text`: whether it says what comes
+    next, so that it can be sampled from, searched and served."""
     name, target, metric, unit = "", "tokens", "loss", "nats per token"
     auto_class: type
     metrics = ("bits_per_byte", "loss", "perplexity", "accuracy", "top5_accuracy")
@@ -78,22 +79,25 @@ class Objective:
         if metrics.get("bits_per_byte") is not None: return f"{metrics['bits_per_byte']:.4f} bits per byte"
         return f"{metrics['loss']:.4f} nats per token, {metrics['accuracy']:.1%} right"
 
-    def further_metrics(self, model, tokenizer, tokens, window: int, max_batches: int | None = None) -> dict:
+    def further_metrics(self, model, tokenizer, tokens, window: int,
+                        max_batches: int | None = None) -> dict:
         "What a thorough evaluation tells besides: name → value, or name → dict of values."
         return {}
 
-# %% ../nbs/objectives.ipynb #607b929e
+# %% ../nbs/objectives.ipynb #19a5cb89
 class Causal(Objective):
     "What comes next: $p(x_t \\mid x_{<t})$, in bits per byte."
     name, metric, unit = "causal", "bits_per_byte", "bits per byte"
     auto_class = AutoModelForCausalLM
     per_byte = continues_text = True
 
-    def batches(self, model_config, tokens, tokenizer, sequence_length: int, batch_size: int, seed: int = 0, order: str = "random"):
+    def batches(self, model_config, tokens, tokenizer, sequence_length: int, batch_size: int,
+                seed: int = 0, order: str = "random"):
         "Training batches: `batch(index)` is a pure function of its number (see `data/batches`)."
         return Batches(tokens, batch_size, sequence_length, seed=seed, order=order)
 
-    def windows(self, model_config, tokens, tokenizer, sequence_length: int, batch_size: int, max_batches: int | None = None):
+    def windows(self, model_config, tokens, tokenizer, sequence_length: int, batch_size: int,
+                max_batches: int | None = None):
         "Held-out batches, an iterable with a length; `max_batches` of them, spread evenly, or all."
         return Windows(tokens, sequence_length, batch_size, max_batches=max_batches)
 
@@ -105,23 +109,28 @@ class Causal(Objective):
     def baselines(self, data) -> dict[str, float]: return held_out_baselines(data)
 
     def respond(self, model, tokenizer, prompts: list[str], sampling: SamplingConfig) -> Iterator[Fragment]:
-        "What the model makes of `prompts`, a text for each prompt and each of `num_samples`: whole, or in pieces where there is but one."
+        """What the model makes of `prompts`: a text for each prompt and each of `num_samples`, whole;
+        where there is but one, in pieces."""
         if len(prompts) == 1 and sampling.num_samples == 1:
             yield Fragment(prompts[0], prompts[0])
-            for piece in stream_text(model, tokenizer, prompts[0], sampling): yield Fragment(piece.text, piece.text)
+            for piece in stream_text(model, tokenizer, prompts[0], sampling):
+                yield Fragment(piece.text, piece.text)
         else:
             texts = generate_text(model, tokenizer, prompts, sampling)
             asked = (prompt for prompt in prompts for _ in range(sampling.num_samples))
             for prompt, text in zip(asked, texts): yield Fragment(prompt + text, prompt + text)
 
-    def sample(self, model, tokenizer, tokens, run, *, max_tokens: int, temperature: float = 0.8, top_k: int = 50) -> Iterator[str]:
+    def sample(self, model, tokenizer, tokens, run, *, max_tokens: int,
+               temperature: float = 0.8, top_k: int = 50) -> Iterator[str]:
         "A specimen of a run's model, in pieces: here a continuation of the run's `sample_prompt`."
-        prompt, longest = run.output.sample_prompt, getattr(model.config, "max_position_embeddings", None) or 2**31
+        prompt = run.output.sample_prompt
+        longest = getattr(model.config, "max_position_embeddings", None) or 2**31
         room = longest - len(tokenizer.encode(prompt)) - 8
-        settings = dict(max_tokens=max(1, min(max_tokens, room)), temperature=temperature, top_k=top_k, seed=run.training.seed)
-        for piece in stream_text(model, tokenizer, prompt, **settings): yield piece.text
+        sampling = SamplingConfig(max_tokens=max(1, min(max_tokens, room)), temperature=temperature,
+                                  top_k=top_k, seed=run.training.seed)
+        for piece in stream_text(model, tokenizer, prompt, sampling): yield piece.text
 
-# %% ../nbs/objectives.ipynb #bb5ab3aa
+# %% ../nbs/objectives.ipynb #2c73db33
 PSEUDO_TOKENS = 1000   # of a text, for its pseudo-log-likelihood
 
 class Masked(Objective):
@@ -134,57 +143,72 @@ class Masked(Objective):
         if on_bytes and resolve_tokenizer(run.data.tokenizer) == "byte":
             run.data.vocab_size, run.sources["vocab_size"] = 259, "follows objective"
 
-    def batches(self, model_config, tokens, tokenizer, sequence_length: int, batch_size: int, seed: int = 0, order: str = "random"):
+    def batches(self, model_config, tokens, tokenizer, sequence_length: int, batch_size: int,
+                seed: int = 0, order: str = "random"):
         "Training batches with `mask_prob` of their tokens hidden (see `data/masking`)."
         rules = model_config.mask_prob, model_config.whole_word_masking
         return MaskedBatches(tokens, tokenizer, batch_size, sequence_length, seed, order, *rules)
 
-    def windows(self, model_config, tokens, tokenizer, sequence_length: int, batch_size: int, max_batches: int | None = None):
+    def windows(self, model_config, tokens, tokenizer, sequence_length: int, batch_size: int,
+                max_batches: int | None = None):
         "Held-out batches with fixed gaps, the same every time."
         rules = model_config.mask_prob, model_config.whole_word_masking
         return MaskedWindows(tokens, tokenizer, sequence_length, batch_size, max_batches, *rules)
 
     def respond(self, model, tokenizer, prompts: list[str], sampling: SamplingConfig) -> Iterator[Fragment]:
-        "`prompts` with their gaps (`[MASK]`) filled, `num_samples` times each. At temperature 0 the guesses are always the same."
+        """`prompts` with their gaps (`[MASK]`) filled, `num_samples` times each. At temperature 0 the
+        guesses are always the same."""
         for prompt in prompts:
             for number in range(sampling.num_samples):
                 seed = None if sampling.seed is None else sampling.seed + number
-                filled = fill_masks(model, tokenizer, prompt, temperature=sampling.temperature, seed=seed)
+                filled = fill_masks(model, tokenizer, prompt,
+                                    temperature=sampling.temperature, seed=seed)
                 yield Fragment(filled.marked, filled.text)
 
-    def sample(self, model, tokenizer, tokens, run, *, max_tokens: int, temperature: float = 0.0, top_k: int = 0) -> Iterator[str]:
-        "A specimen of a run's model: the beginning of the held-out `tokens` with gaps, filled again, its guesses in brackets."
+    def sample(self, model, tokenizer, tokens, run, *, max_tokens: int,
+               temperature: float = 0.0, top_k: int = 0) -> Iterator[str]:
+        """A specimen of a run's model: the beginning of the held-out `tokens` with gaps, filled again,
+        its guesses in brackets."""
         ids = tokens[:min(max_tokens, run.data.sequence_length)]
         rules = model.config.mask_prob, model.config.whole_word_masking
         yield fill_sample(model, tokenizer, ids, *rules, run.training.seed).marked
 
-    def further_metrics(self, model, tokenizer, tokens, window: int, max_batches: int | None = None) -> dict:
-        "The pseudo-log-likelihood (Salazar et al., 2020) of a stretch of `tokens`, each hidden alone: a forward pass for each."
-        stretch = tokens[:PSEUDO_TOKENS if max_batches is None else min(PSEUDO_TOKENS, max_batches * window)]
+    def further_metrics(self, model, tokenizer, tokens, window: int,
+                        max_batches: int | None = None) -> dict:
+        """The pseudo-log-likelihood (Salazar et al., 2020) of a stretch of `tokens`, each hidden alone:
+        a forward pass for each."""
+        count = PSEUDO_TOKENS if max_batches is None else min(PSEUDO_TOKENS, max_batches * window)
+        stretch = tokens[:count]
         text = tokenizer.decode([int(i) for i in stretch])
-        return {"pseudo_log_likelihood": pseudo_log_likelihood(model, tokenizer, text, window=window)}
+        score = pseudo_log_likelihood(model, tokenizer, text, window=window)
+        return {"pseudo_log_likelihood": score}
 
-# %% ../nbs/objectives.ipynb #34f37986
-objectives: dict[str, Objective] = {objective.name: objective for objective in (Causal(), Masked())}
+# %% ../nbs/objectives.ipynb #4e9f4388
+objectives: dict[str, Objective] = {}
 
 def register_objective(objective: Objective) -> Objective:
     "Make a further kind known: its name works in configurations, its models are evaluated and shown by it."
     objectives[objective.name] = objective
     return objective
 
+for _objective in (Causal(), Masked()): register_objective(_objective)
+
 def get_objective(name: str) -> Objective:
     "The objective of that name; an unknown name is answered with the nearest one."
-    if name not in objectives: raise ConfigError(f"objective={name!r}: choose from {', '.join(objectives)}{nearest(name, objectives)}")
+    if name in objectives: return objectives[name]
+    known = ", ".join(objectives)
+    raise ConfigError(f"objective={name!r}: choose from {known}{nearest(name, objectives)}")
     return objectives[name]
 
-# %% ../nbs/objectives.ipynb #a68e7e72
+# %% ../nbs/objectives.ipynb #15fce6e2
 def objective_of(model) -> Objective:
     "What `model` was made for. Adapters and compiled models are looked into."
-    while hasattr(model, "get_base_model") or hasattr(model, "_orig_mod"):
-        model = model.get_base_model() if hasattr(model, "get_base_model") else model._orig_mod
+    while hasattr(model, "_orig_mod"): model = model._orig_mod
+    if hasattr(model, "get_base_model"): model = model.get_base_model()
     named = getattr(model, "objective", None)
     if named in objectives: return objectives[named]
-    return next((objective for objective in objectives.values() if objective.owns(model)), objectives["causal"])
+    owners = (objective for objective in objectives.values() if objective.owns(model))
+    return next(owners, objectives["causal"])
 
 def auto_class_of(config):
     "The Auto class that loads a saved model, by its configuration's `architectures`."
@@ -193,5 +217,6 @@ def auto_class_of(config):
         known = objective.auto_class._model_mapping
         if type(config) not in known: continue
         classes = known[type(config)]
-        if name in [c.__name__ for c in (classes if isinstance(classes, tuple) else (classes,))]: return objective.auto_class
+        classes = classes if isinstance(classes, tuple) else (classes,)
+        if name in [model_class.__name__ for model_class in classes]: return objective.auto_class
     return AutoModelForCausalLM
