@@ -36,7 +36,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 SEQUENTIAL = "cividis"     # dark to bright, the same order in grey
 QUIET = "#6E6E6E"          # for what is there to compare with: baselines, grids, notes
 
-# %% ../../nbs/visualizers/style.ipynb #11603af0
+# %% ../../nbs/visualizers/style.ipynb #34694953
 @dataclass(frozen=True)
 class Style:
     """What a figure's colours become when it is drawn: `paper`, `ink`, `quiet` and a palette,
@@ -68,7 +68,7 @@ def get_style(name: str) -> Style:
     if name in STYLES: return STYLES[name]
     raise ConfigError(f"style={name!r}: choose from {', '.join(STYLES)}{nearest(name, STYLES)}")
 
-# %% ../../nbs/visualizers/style.ipynb #0ad3079c
+# %% ../../nbs/visualizers/style.ipynb #73706e73
 def contrast(color, other) -> float:
     "Contrast of two colours, 1 to 21, after the WCAG 2.2 definition of relative luminance."
     def luminance(name):
@@ -78,7 +78,7 @@ def contrast(color, other) -> float:
     low, high = sorted((luminance(color), luminance(other)))
     return (high + 0.05) / (low + 0.05)
 
-# %% ../../nbs/visualizers/style.ipynb #2ed61b25
+# %% ../../nbs/visualizers/style.ipynb #d4c6e16b
 def _inks(artist):
     "Pairs (setter, colour as RGBA) of everything in `artist` that is drawn in one colour."
     if isinstance(artist, Text): yield artist.set_color, to_rgba(artist.get_color())
@@ -109,7 +109,7 @@ def _inked(color, style: Style, least: float | None) -> np.ndarray:
             while contrast(row[:3], style.paper) < least: row[:3] += 0.1 * (1 - row[:3]) + 0.01
     return colors.clip(0, 1).reshape(np.shape(color))
 
-# %% ../../nbs/visualizers/style.ipynb #c7efdadf
+# %% ../../nbs/visualizers/style.ipynb #e38472a6
 def _artists(figure):
     """Everything that a figure draws, with what `findobj` does not see: the boxes and arrows of
     its texts."""
@@ -169,7 +169,7 @@ class Figure(MatplotlibFigure):
         with the values of `add_hover`."""
         return _page_svg(self)
 
-# %% ../../nbs/visualizers/style.ipynb #8ca303e5
+# %% ../../nbs/visualizers/style.ipynb #3c4abe9f
 _numbers = itertools.count()
 _HOVER_RULES = ("<style>.sprout-hover g{visibility:hidden;pointer-events:none}"
                 ".sprout-hover:hover g{visibility:visible}</style>")
@@ -196,7 +196,7 @@ def _page_svg(figure: Figure) -> str:
     strips = "".join(_strips(figure, width, height, *hover) for hover in figure.hovers)
     return drawing[:drawing.rindex("</svg>")] + (_HOVER_RULES + strips if strips else "") + "</svg>"
 
-# %% ../../nbs/visualizers/style.ipynb #7a1b67f5
+# %% ../../nbs/visualizers/style.ipynb #ef9f33cb
 def _strips(figure, width: float, height: float, ax, xs, texts) -> str:
     """Invisible strips over `ax`, one for each of `xs`, that show a line and a text while the
     mouse is over them."""
@@ -262,7 +262,7 @@ def line_style(index: int, marker: bool = False) -> dict:
     return style
 
 
-SHADE = "#0072B3"          # the palette's blue but for one digit: no style's brighter blue takes its place
+SHADE = "#0072B3"   # the palette's blue but for one digit: no style's brighter blue replaces it
 
 def shade(share: float) -> tuple[float, float, float, float]:
     """A background for a number from 0 to 1, as RGBA: from nothing to blue. It lies over whatever
@@ -306,7 +306,7 @@ def visible(text: str, blank: str = "␣", family: str = "DejaVu Sans Mono") -> 
     shown = "".join(signs.get(c) or drawable(c) for c in text) or SIGNS[""]
     return shown.replace("$", r"\$")                   # a dollar sign would start mathematics
 
-# %% ../../nbs/visualizers/style.ipynb #121cf82c
+# %% ../../nbs/visualizers/style.ipynb #9286a6f2
 def import_seaborn():
     """The module seaborn; `ConfigError` where it is not installed. None of its global styles is
     set."""
