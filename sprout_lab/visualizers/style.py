@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PALETTE', 'DASHES', 'MARKERS', 'SEQUENTIAL', 'QUIET', 'STYLES', 'SHADE', 'SIGNS', 'Style', 'get_style', 'contrast',
-           'inked', 'Figure', 'add_hover', 'plain', 'new_figure', 'line_style', 'shade', 'spread', 'visible',
-           'import_seaborn']
+           'inked', 'Figure', 'add_hover', 'plain', 'new_figure', 'line_style', 'shade', 'css_color', 'spread',
+           'visible', 'import_seaborn']
 
 # %% ../../nbs/visualizers/style.ipynb #856d5cdd
 import functools
@@ -36,7 +36,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 SEQUENTIAL = "cividis"     # dark to bright, the same order in grey
 QUIET = "#6E6E6E"          # for what is there to compare with: baselines, grids, notes
 
-# %% ../../nbs/visualizers/style.ipynb #34694953
+# %% ../../nbs/visualizers/style.ipynb #8a2308cb
 @dataclass(frozen=True)
 class Style:
     """What a figure's colours become when it is drawn: `paper`, `ink`, `quiet` and a palette,
@@ -55,7 +55,7 @@ class Style:
         return dict(zip(map(str.lower, composed), shown)).get(to_hex(rgb))
 
 
-_BRIGHT = ("#4CA6E0", "#FF8A4C", "#25C795", "#E59CC8", "#F5BD45", "#93D2F8", "#AE92DC", "#B4B4B4")
+_BRIGHT = ("#3F9AE8", "#FF7F3F", "#3DD68C", "#E59CC8", "#F5BD45", "#93D2F8", "#AE92DC", "#B4B4B4")
 STYLES = {
     "light": Style("light"),
     "dark": Style("dark", paper="#111111", ink="#E6E6E6", quiet="#A0A0A0", palette=_BRIGHT),
@@ -68,7 +68,7 @@ def get_style(name: str) -> Style:
     if name in STYLES: return STYLES[name]
     raise ConfigError(f"style={name!r}: choose from {', '.join(STYLES)}{nearest(name, STYLES)}")
 
-# %% ../../nbs/visualizers/style.ipynb #73706e73
+# %% ../../nbs/visualizers/style.ipynb #a79dc102
 def contrast(color, other) -> float:
     "Contrast of two colours, 1 to 21, after the WCAG 2.2 definition of relative luminance."
     def luminance(name):
@@ -78,7 +78,7 @@ def contrast(color, other) -> float:
     low, high = sorted((luminance(color), luminance(other)))
     return (high + 0.05) / (low + 0.05)
 
-# %% ../../nbs/visualizers/style.ipynb #d4c6e16b
+# %% ../../nbs/visualizers/style.ipynb #9f138a8b
 def _inks(artist):
     "Pairs (setter, colour as RGBA) of everything in `artist` that is drawn in one colour."
     if isinstance(artist, Text): yield artist.set_color, to_rgba(artist.get_color())
@@ -109,13 +109,14 @@ def _inked(color, style: Style, least: float | None) -> np.ndarray:
             while contrast(row[:3], style.paper) < least: row[:3] += 0.1 * (1 - row[:3]) + 0.01
     return colors.clip(0, 1).reshape(np.shape(color))
 
-# %% ../../nbs/visualizers/style.ipynb #e38472a6
+# %% ../../nbs/visualizers/style.ipynb #7a0f0877
 def _artists(figure):
     """Everything that a figure draws, with what `findobj` does not see: the boxes and arrows of
     its texts."""
     for artist in figure.findobj():
         yield artist
-        for part in (getattr(artist, "get_bbox_patch", None), getattr(artist, "arrow_patch", None)):
+        for part in (getattr(artist, "get_bbox_patch", None),
+                     getattr(artist, "arrow_patch", None)):
             part = part() if callable(part) else part
             if isinstance(part, Patch): yield part
 
@@ -169,7 +170,7 @@ class Figure(MatplotlibFigure):
         with the values of `add_hover`."""
         return _page_svg(self)
 
-# %% ../../nbs/visualizers/style.ipynb #3c4abe9f
+# %% ../../nbs/visualizers/style.ipynb #db595d5f
 _numbers = itertools.count()
 _HOVER_RULES = ("<style>.sprout-hover g{visibility:hidden;pointer-events:none}"
                 ".sprout-hover:hover g{visibility:visible}</style>")
@@ -194,9 +195,10 @@ def _page_svg(figure: Figure) -> str:
     drawing = re.sub(r'\bwidth="[^"]*pt"', 'width="100%"', drawing, count=1)
     drawing = re.sub(r'\bheight="[^"]*pt"', room, drawing, count=1)
     strips = "".join(_strips(figure, width, height, *hover) for hover in figure.hovers)
-    return drawing[:drawing.rindex("</svg>")] + (_HOVER_RULES + strips if strips else "") + "</svg>"
+    return drawing[:drawing.rindex("</svg>")] + (_HOVER_RULES + strips if strips
+                                                 else "") + "</svg>"
 
-# %% ../../nbs/visualizers/style.ipynb #ef9f33cb
+# %% ../../nbs/visualizers/style.ipynb #1075314a
 def _strips(figure, width: float, height: float, ax, xs, texts) -> str:
     """Invisible strips over `ax`, one for each of `xs`, that show a line and a text while the
     mouse is over them."""
@@ -269,6 +271,12 @@ def shade(share: float) -> tuple[float, float, float, float]:
     the paper is, so that the ink of both styles can be read on all of it."""
     return (*to_rgb(SHADE), round(0.75 * min(max(float(share), 0.0), 1.0), 3))
 
+# %% ../../nbs/visualizers/style.ipynb #8bf865ba
+def css_color(rgba) -> str:
+    "An RGBA colour (four shares from 0 to 1) as a style sheet writes it."
+    red, green, blue = (round(255 * share) for share in rgba[:3])
+    return f"rgba({red},{green},{blue},{rgba[3]:.3g})"
+
 # %% ../../nbs/visualizers/style.ipynb #1d645681
 def spread(positions, gap: float) -> np.ndarray:
     """`positions` moved so that neighbours are at least `gap` apart, keeping their order and the
@@ -306,7 +314,7 @@ def visible(text: str, blank: str = "␣", family: str = "DejaVu Sans Mono") -> 
     shown = "".join(signs.get(c) or drawable(c) for c in text) or SIGNS[""]
     return shown.replace("$", r"\$")                   # a dollar sign would start mathematics
 
-# %% ../../nbs/visualizers/style.ipynb #9286a6f2
+# %% ../../nbs/visualizers/style.ipynb #07e52c0b
 def import_seaborn():
     """The module seaborn; `ConfigError` where it is not installed. None of its global styles is
     set."""
