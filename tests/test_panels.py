@@ -241,7 +241,7 @@ from sprout_lab.panels.live import Live
 from sprout_lab.trainers.callbacks import Evaluate, Logs
 def train(folder, steps, live):
     run = configure("transformer", {**%r, "max_steps": steps, "output_dir": folder})
-    make_trainer(run, callbacks=[Logs(), Evaluate()], extra_callbacks=[live], say=lambda words: None).train()
+    make_trainer(run, callbacks=[Logs(), Evaluate()], extra_callbacks=[live], log=lambda words: None).train()
 """
 
 

@@ -33,8 +33,8 @@ for flags in json.loads(sys.argv[1]):
             if poison and t.step == poison and t.rollbacks == 0 and t.accelerator.process_index == 1: t.loss_total.fill_(float("nan"))
             if stop and t.step == stop and t.accelerator.process_index == 1: t.stop("enough for now")
     try:
-        run = configure("transformer", flags, say=lambda words: None)
-        t = make_trainer(run, callbacks=[c for c in default_callbacks(run) if results or not isinstance(c, Results)] + [Extra()], say=lambda words: None)
+        run = configure("transformer", flags, log=lambda words: None)
+        t = make_trainer(run, callbacks=[c for c in default_callbacks(run) if results or not isinstance(c, Results)] + [Extra()], log=lambda words: None)
     except ConfigError as error:
         if dist.get_rank() == 0: print("refused:", error, flush=True)
         continue

@@ -213,7 +213,7 @@ WORKER = """
 import json, sys
 from sprout_lab.families import configure, make_trainer
 flags = json.loads(sys.argv[1])
-t = make_trainer(configure("transformer", flags, say=lambda words: None))
+t = make_trainer(configure("transformer", flags, log=lambda words: None))
 t.train()
 """
 
@@ -236,7 +236,7 @@ def test_two_processes_give_the_losses_of_one(tmp_path, data, flags):
 MEMORY = """
 import sys, pathlib
 from sprout_lab.families import configure, make_trainer
-t = make_trainer(configure("transformer", {**eval(sys.argv[1]), "data_dir": sys.argv[2], "output_dir": sys.argv[3]}, say=lambda words: None), callbacks=[])
+t = make_trainer(configure("transformer", {**eval(sys.argv[1]), "data_dir": sys.argv[2], "output_dir": sys.argv[3]}, log=lambda words: None), callbacks=[])
 t.train()
 print([line.split()[1] for line in open("/proc/self/status") if line.startswith("RssAnon")][0])
 """

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['logger', 'BLOCK_CHARACTERS', 'FILE_NAMES', 'FORMATS', 'blocks', 'encode_block', 'encoded', 'read_stats', 'prepare',
-           'file_kind', 'read_ids', 'prepare_from_options', 'TrainingData', 'cache_folder', 'is_prepared',
-           'open_prepared', 'prepare_cached', 'load_data']
+           'file_kind', 'read_ids', 'PrepareConfig', 'prepare_from_config', 'prepare_from_options', 'TrainingData',
+           'cache_folder', 'is_prepared', 'open_prepared', 'prepare_cached', 'load_data']
 
 # %% ../../nbs/data/prepare.ipynb #291b1f1b
 import errno
@@ -19,13 +19,13 @@ import time
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Annotated, Any, ClassVar, Iterator, Literal
 
 import numpy as np
 from filelock import FileLock
 from tqdm import tqdm
 
-from ..configs import ConfigError, DataConfig, nearest
+from ..configs import ConfigError, DataConfig, Settings, nearest, setting
 from .corpora import Corpus, FileSource, as_path, exists, is_special_file, load_corpus, local_corpus, missing, read_text, scan, text_files
 from .tokenizers import TRAINED, Tokenizer, cut_point, document_end, encode_array, fingerprint, keeps_text, load_tokenizer, process_map, resolve_tokenizer, save_tokenizer, token_bytes
 from .tokens import MAGIC, TokenFile, TokenWriter, token_dtype
@@ -315,40 +315,88 @@ def read_ids(path, kind: str | None = None) -> Iterator[np.ndarray]:
         number += len(words)
     if rest.split(): yield numbers(rest.split())
 
+# %% ../../nbs/data/prepare.ipynb #11e853f6
+class PrepareConfig(Settings):
+    "What a preparation is asked for: which text, by which tokenizer, held out how, and where to."
+    aliases: ClassVar[dict[str, str]] = {"dataset_name": "dataset", "output_dir": "output"}   # the guides' names of two settings
+
+    input: Annotated[str | None, setting("Text to prepare: a file, or a folder of text files.")] = None
+    dataset: Annotated[str | None, setting(
+        "Instead of input: an embedded corpus, or a data set's name on the hub.")] = None
+    dataset_config: Annotated[str | None, setting("Configuration of a hub data set.")] = None
+    text_column: Annotated[str, setting("Column that holds the text.")] = "text"
+    output: Annotated[str | None, setting("Folder for train.bin, val.bin and the tokenizer; required.")] = None
+    tokenizer: Annotated[str, setting(
+        "byte, char, bpe, wordpiece, gpt2, or a tokenizer's folder or file; auto: bytes, or what vocab_size asks for.")] = "auto"
+    vocab: Annotated[str | None, setting("vocab.json of a byte-level BPE tokenizer.")] = None
+    merges: Annotated[str | None, setting("merges.txt that belongs to it.")] = None
+    vocab_size: Annotated[int | None, setting(
+        "Size of a vocabulary to train (char below 256, bpe or wordpiece above).", ge=1, le=2**24, unit="tokens")] = None
+    val_fraction: Annotated[float, setting("Share of the documents held out.", gt=0, lt=1)] = 0.1
+    split_seed: Annotated[int, setting("Seed of the split.", ge=0)] = 0
+    max_samples: Annotated[int | None, setting("Use only the first so many documents.", ge=1, unit="documents")] = None
+    max_seq_length: Annotated[int | None, setting(
+        "Count sequences of so many tokens in the statistics; the files are streams.", ge=1, unit="tokens")] = None
+    format: Annotated[Literal["bin", "npy", "ids"], setting(
+        "bin: checked memory-mapped file; npy; ids: token ids as text.")] = "bin"
+    num_workers: Annotated[int | None, setting(
+        "Processes that tokenize; none: all cores for texts above 32 MB. The result does not depend on it.", ge=0, le=256)] = None
+    create_stats: Annotated[bool, setting("Show more of the statistics that stats.json holds.")] = False
+    overwrite: Annotated[bool, setting("Replace what a preparation with other settings left in the folder.")] = False
+
+    def check(self):
+        if not (self.output or "").strip(): raise ConfigError("output is empty; name a folder for the prepared data: --output DIR")
+        if self.input is not None and self.dataset is not None:
+            raise ConfigError("input and dataset are both given; one of them says which text to prepare")
+        if self.input is None and self.dataset is None:
+            raise ConfigError("neither input nor dataset is given; say which text to prepare: --input FILE|DIR, or --dataset shakespeare")
+        if self.input is not None and not self.input.strip(): raise ConfigError("input is empty; name a file or a folder")
+        if self.dataset_config and not self.dataset:
+            raise ConfigError("dataset_config belongs to a data set of the hub; give --dataset with it")
+        if (self.vocab is None) != (self.merges is None):
+            lacking = "merges" if self.vocab else "vocab"
+            raise ConfigError(f"{lacking} is missing: a byte-level BPE tokenizer is two files, give --vocab and --merges")
+        if self.vocab and self.tokenizer != "auto":
+            raise ConfigError("tokenizer and vocab are both given; one of them says how to tokenize")
+
 # %% ../../nbs/data/prepare.ipynb #a29b8ef7
-def prepare_from_options(log=print, *, output, input_path=None, dataset=None, dataset_config=None, text_column="text", tokenizer=None, vocab=None, merges=None,
-                         vocab_size=None, val_fraction=0.1, split_seed=0, max_samples=None, max_seq_length=None, file_format="bin", num_workers=None,
-                         create_stats=False, overwrite=False) -> dict:
-    "`prepare` with the options of the command line; `say` prints a line, `create_stats` more of them. `num_workers=None` uses all cores for texts above 32 MB."
-    if (input_path is None) == (dataset is None):
-        raise ConfigError("input and dataset are both given; one of them says which text to prepare" if dataset else "neither input nor dataset is given; say which text to prepare: --input FILE|DIR, or --dataset shakespeare")
-    if input_path is not None and not str(input_path).strip(): raise ConfigError("input is empty; name a file or a folder")
-    if dataset_config and not dataset: raise ConfigError("dataset_config belongs to a data set of the hub; give --dataset with it")
-    if (vocab is None) != (merges is None): raise ConfigError(f"{'merges' if vocab else 'vocab'} is missing: a byte-level BPE tokenizer is two files, give --vocab and --merges")
-    if vocab and tokenizer: raise ConfigError("tokenizer and vocab are both given; one of them says how to tokenize")
-    own = Tokenizer.from_files(vocab, merges) if vocab else tokenizer or "auto"
-    settings = dict(column=text_column, val_fraction=val_fraction, split_seed=split_seed, max_samples=max_samples)
-    corpus = load_corpus(dataset, dataset_config, **settings) if dataset else _input_corpus(as_path(input_path), settings)
-    if num_workers is None:
-        sizes = [path.stat().st_size for sources in corpus.sources.values() for source in sources if (path := getattr(source, "path", None))]
-        num_workers = (os.cpu_count() or 1) if sum(sizes) > 1 << 25 else 0
-    stats = prepare(corpus, output, own, vocab_size=vocab_size, format=file_format, num_workers=num_workers, max_seq_length=max_seq_length,
-                    progress=sys.stderr.isatty(), overwrite=overwrite)
+def prepare_from_config(config: PrepareConfig, log=print) -> dict:
+    "`prepare` as the command line asks for it; returns the statistics. `log` prints a line for each file, with `create_stats` two."
+    own = Tokenizer.from_files(config.vocab, config.merges) if config.vocab else config.tokenizer
+    settings = dict(column=config.text_column, val_fraction=config.val_fraction, split_seed=config.split_seed, max_samples=config.max_samples)
+    if config.dataset: corpus = load_corpus(config.dataset, config.dataset_config, **settings)
+    else: corpus = _input_corpus(as_path(config.input), settings)
+    num_workers = _default_workers(corpus) if config.num_workers is None else config.num_workers
+    stats = prepare(corpus, config.output, own, vocab_size=config.vocab_size, format=config.format, num_workers=num_workers,
+                    max_seq_length=config.max_seq_length, progress=sys.stderr.isatty(), overwrite=config.overwrite)
     for split, facts in stats["splits"].items():
         unit = f", {facts['bytes_per_token']:.2f} bytes per token" if facts["bytes_per_token"] else ""
-        sequences = f", {facts['num_sequences']:,} sequences of {max_seq_length}" if max_seq_length else ""
+        sequences = f", {facts['num_sequences']:,} sequences of {config.max_seq_length}" if config.max_seq_length else ""
         documents = f"{facts['num_documents']:,} documents, " if facts["num_documents"] else ""   # none ends in a text that is cut in two
-        log(f"{FILE_NAMES[split]}{FORMATS[file_format]}: {documents}{facts['num_bytes']:,} bytes, {facts['num_tokens']:,} tokens{unit}{sequences}")
-        if create_stats:
+        counts = f"{documents}{facts['num_bytes']:,} bytes, {facts['num_tokens']:,} tokens{unit}{sequences}"
+        log(f"{FILE_NAMES[split]}{FORMATS[config.format]}: {counts}")
+        if config.create_stats:
             frequent = " ".join(f"{text!r} {count:,}" for _, text, count in facts["most_frequent"][:8])
-            log(f"  {facts['used_tokens']:,} of {stats['vocab_size']:,} tokens occur, entropy {facts['entropy_bits_per_token']:.2f} bits per token; most frequent: {frequent}")
-    log(f"{output}: {stats['title'] or stats['name']}, {stats['tokenizer']} with {stats['vocab_size']:,} tokens; train on it with data_dir={output}")
+            used = f"{facts['used_tokens']:,} of {stats['vocab_size']:,} tokens occur"
+            log(f"  {used}, entropy {facts['entropy_bits_per_token']:.2f} bits per token; most frequent: {frequent}")
+    made = f"{stats['title'] or stats['name']}, {stats['tokenizer']} with {stats['vocab_size']:,} tokens"
+    log(f"{config.output}: {made}; train on it with data_dir={config.output}")
     return stats
 
 def _input_corpus(path: Path, settings: dict) -> Corpus:
     kind = file_kind(path)
     if kind not in ("text", "folder"): raise ConfigError(f"{path}: holds tokens already ({kind}); give it as train_data_path, or give text")
     return load_corpus(path, **settings)
+
+def _default_workers(corpus: Corpus) -> int:
+    "All cores for a text above 32 MB, else this process alone."
+    paths = [getattr(source, "path", None) for sources in corpus.sources.values() for source in sources]
+    large = sum(path.stat().st_size for path in paths if path) > 1 << 25
+    return (os.cpu_count() or 1) if large else 0
+
+def prepare_from_options(log=print, *, input_path=None, tokenizer=None, file_format="bin", **options) -> dict:
+    "`prepare_from_config` with the settings as keywords (`input` as `input_path`, `format` as `file_format`)."
+    return prepare_from_config(PrepareConfig(input=input_path, tokenizer=tokenizer or "auto", format=file_format, **options), log)
 
 # %% ../../nbs/data/prepare.ipynb #0d30bf1e
 @dataclass
