@@ -127,6 +127,7 @@ class Causal(Objective):
     def sample(self, model, tokenizer, tokens, run, *, max_tokens: int,
                temperature: float = 0.8, top_k: int = 50) -> Iterator[str]:
         "A specimen of a run's model, in pieces: here a continuation of the run's `sample_prompt`."
+        if tokenizer is None or not hasattr(model, "make_cache"): return   # bare ids, a plain module
         prompt = run.output.sample_prompt
         longest = getattr(model.config, "max_position_embeddings", None) or 2**31
         room = longest - len(tokenizer.encode(prompt)) - 8

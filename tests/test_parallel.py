@@ -40,7 +40,7 @@ for flags in json.loads(sys.argv[1]):
         continue
     t.train()
     seen = [None] * dist.get_world_size()
-    dist.all_gather_object(seen, (t.step, t.rollbacks, t.best, t.best_step, t.lr_scale))
+    dist.all_gather_object(seen, (t.step, t.rollbacks, t.best, t.best_step, t.lr_backoff))
     assert len(set(seen)) == 1, seen
 dist.destroy_process_group()
 """

@@ -8,7 +8,6 @@ __all__ = ['ATTENTION', 'TrainerState', 'model_card', 'no_progress_bars', 'write
 
 # %% ../../nbs/trainers/checkpoints.ipynb #fff64d83
 import json
-import math
 import numbers
 from contextlib import contextmanager
 from pathlib import Path

@@ -83,7 +83,7 @@ def _block_policy(accelerator):
     return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32,
                                 cast_forward_inputs=False)
 
-# %% ../../nbs/trainers/parallel.ipynb #503202fc
+# %% ../../nbs/trainers/parallel.ipynb #6bc620d3
 def split_channels(model: nn.Module, accelerator) -> nn.Module:
     "Split the channels of a model's blocks over all processes, in place."
     from torch.distributed.device_mesh import init_device_mesh
@@ -152,7 +152,7 @@ def clip_grad_norm(parameters, max_norm: float) -> torch.Tensor:
     for g in local: g.mul_(scale)
     return norm
 
-# %% ../../nbs/trainers/parallel.ipynb #fc5546c2
+# %% ../../nbs/trainers/parallel.ipynb #90337aef
 def same_everywhere(facts):
     "The main process's `facts` (plain data) on every process."
     if not dist.is_initialized() or dist.get_world_size() == 1: return facts
@@ -160,7 +160,7 @@ def same_everywhere(facts):
     dist.broadcast_object_list(box, src=0)
     return box[0]
 
-# %% ../../nbs/trainers/parallel.ipynb #132abaf5
+# %% ../../nbs/trainers/parallel.ipynb #8c87a311
 class RowSharing:
     "Each process takes its rows of a batch."
     mode = "data"
@@ -198,7 +198,7 @@ class RowSharing:
         if self.device.type != "cuda": return tensor.to(self.device)
         return tensor.pin_memory().to(self.device, non_blocking=True)
 
-# %% ../../nbs/trainers/parallel.ipynb #d23a50bf
+# %% ../../nbs/trainers/parallel.ipynb #b1bf780e
 class DataParallel(RowSharing):
     "Every process has the whole model and its rows of each batch; gradients are averaged."
 
@@ -222,7 +222,7 @@ class DataParallel(RowSharing):
         "Clip the gradients' global norm; returns it."
         return self.accelerator.clip_grad_norm_(wrapped.parameters(), max_norm)
 
-    def tensors(self, model: nn.Module, optimizer) -> tuple[dict | None, dict]:
+    def tensors(self, model, wrapped, optimizer) -> tuple[dict | None, dict]:
         "(weights where they are split, else None; optimizer's state) for a checkpoint."
         keep = self.accelerator.is_main_process
         return None, optimizer_tensors(model, optimizer) if keep else {}
@@ -241,7 +241,7 @@ class DataParallel(RowSharing):
         wishes = torch.tensor(float(wish), device=self.device)
         return self.accelerator.reduce(wishes, "sum").item() > 0
 
-# %% ../../nbs/trainers/parallel.ipynb #67ed77c1
+# %% ../../nbs/trainers/parallel.ipynb #bf8b61f6
 class Sharded(DataParallel):
     "Every process has a part of each parameter (FSDP2) and its rows of each batch."
     mode = "sharded"
@@ -261,9 +261,9 @@ class Sharded(DataParallel):
 
     def clip(self, wrapped, max_norm): return clip_grad_norm(wrapped.parameters(), max_norm)
 
-    def tensors(self, model, optimizer):
+    def tensors(self, model, wrapped, optimizer):
         keep = self.accelerator.is_main_process
-        return full_state_dict(model, keep), optimizer_tensors(model, optimizer, keep)
+        return full_state_dict(wrapped, keep), optimizer_tensors(wrapped, optimizer, keep)
 
     def whole(self, model):
         """The whole model on the main process; the others get the split one back. All processes
@@ -276,7 +276,7 @@ class Sharded(DataParallel):
 
     def agree(self, facts): return same_everywhere(facts)
 
-# %% ../../nbs/trainers/parallel.ipynb #106f0141
+# %% ../../nbs/trainers/parallel.ipynb #9a622c25
 class TensorParallel(Sharded):
     "Every process has a part of each block's channels and the whole of each batch."
     mode, rank, shares = "tensor", 0, 1   # all see the same rows, and draw the same random numbers
