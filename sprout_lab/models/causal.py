@@ -25,7 +25,7 @@ def next_token_loss(logits: torch.Tensor, labels: torch.Tensor | None = None,
     if labels is None and shift_labels is None: return None
     if shift_labels is None:
         if starts is not None: labels = labels.masked_fill(starts, -100)
-        shift_labels = F.pad(labels[:, 1:], (0, 1), value=-100)                    # (batch, length)
+        shift_labels = F.pad(labels[:, 1:], (0, 1), value=-100)                   # (batch, length)
     wide = logits if logits.dtype == torch.float64 else logits.float()
     reduction = "mean" if num_items_in_batch is None else "sum"
     loss = F.cross_entropy(wide.flatten(0, 1), shift_labels.flatten(), reduction=reduction)
@@ -33,8 +33,8 @@ def next_token_loss(logits: torch.Tensor, labels: torch.Tensor | None = None,
 
 # %% ../../nbs/models/causal.ipynb #a3b9610f
 def kept_positions(logits_to_keep: int | torch.Tensor = 0) -> slice | torch.Tensor:
-    """The index into `(batch, length, …)` of the positions whose logits are wanted: the last so many,
-    0 for all, or indices."""
+    """The index into `(batch, length, …)` of the positions whose logits are wanted: the last so
+    many, 0 for all, or indices."""
     if torch.is_tensor(logits_to_keep): return logits_to_keep
     return slice(-logits_to_keep or None, None)
 
@@ -48,6 +48,8 @@ def check_cache(past_key_values, cache_class: type[Cache]):
         "make_cache() gives (methods that write keys and values, such as prefix tuning, do not apply)")
 
 # %% ../../nbs/models/causal.ipynb #b038942a
+_MOST_AT_ONCE = 4096   # columns; a longer text doubles its room when it gets there
+
 class CausalGenerationMixin(GenerationMixin):
     """`generate` for a model that makes its own cache. Its base model, the attribute that
     `base_model_prefix` names, has `make_cache(batch_size, capacity)`."""
@@ -58,3 +60,14 @@ class CausalGenerationMixin(GenerationMixin):
     def make_cache(self, batch_size: int | None = None, capacity: int | None = None) -> Cache:
         "An empty cache. `capacity`: tokens per row to make room for, where its kind needs room."
         return self.base_model.make_cache(batch_size, capacity)
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *rest):
+        "`rest`: the mode, the batch size and the length that the text may reach."
+        wanted = generation_config.use_cache is not False
+        if wanted and model_kwargs.get("past_key_values") is None:
+            kind, (_, batch_size, length) = generation_config.cache_implementation, rest
+            own = f"{type(self).__name__} makes its own cache; leave it out"
+            if kind not in (None, "dynamic"): raise ConfigError(f"cache_implementation={kind}: {own}")
+            cache = self.make_cache(batch_size, min(length, _MOST_AT_ONCE))
+            model_kwargs["past_key_values"] = cache
+        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *rest)
