@@ -29,7 +29,7 @@ class Fragment(NamedTuple):
     shown: str
     text: str
 
-# %% ../nbs/objectives.ipynb #b494498d
+# %% ../nbs/objectives.ipynb #efe27ef7
 class Scoring:
     """How models of a kind are scored on held-out data, and how that is told.
 
@@ -106,6 +106,10 @@ class Objective(Scoring):
     def notice(self, data) -> str | None:
         "What must be said about this data before a run, in one line, or nothing."
 
+    def prompts(self, given: list[str] | None) -> list[str]:
+        "The prompts that were given, or what the objective takes for one where none was."
+        return ["\n"] if given is None else given
+
     def baselines(self, data) -> dict[str, float]:
         "Scores in `unit` that need no model, for the figure of a run: name → value."
         return {}
@@ -120,7 +124,7 @@ class Objective(Scoring):
         "Tokens of one pass over the training data."
         return len(data.train)
 
-# %% ../nbs/objectives.ipynb #d8ce52aa
+# %% ../nbs/objectives.ipynb #df99e7a4
 class WritesText:
     "What a model shows that says what comes next: texts, continued."
 
@@ -188,9 +192,14 @@ class Causal(WritesText, Objective):
 
     def baselines(self, data) -> dict[str, float]: return held_out_baselines(data)
 
-# %% ../nbs/objectives.ipynb #7c3d1024
+# %% ../nbs/objectives.ipynb #9bca36ae
 class FillsGaps:
     "What a model shows that sees both sides of a gap: texts, their gaps filled."
+
+    def prompts(self, given: list[str] | None) -> list[str]:
+        if given is not None: return given
+        raise ConfigError("a masked model fills gaps; say --prompt \"To be, or [MASK]ot to be\", "
+                          "with [MASK] where a token is missing")
 
     def respond(self, model, tokenizer, prompts: list[str],
                 sampling: SamplingConfig) -> Iterator[Fragment]:
@@ -292,7 +301,7 @@ def objective_of(model) -> Objective:
     owners = (objective for objective in objectives.values() if objective.owns(model))
     return next(owners, objectives["causal"])
 
-# %% ../nbs/objectives.ipynb #1838057e
+# %% ../nbs/objectives.ipynb #d07b3a56
 def objective_of_config(config) -> Objective:
     """The objective of a saved model, by its configuration's `architectures`; causal where these
     say nothing."""
@@ -309,7 +318,7 @@ def auto_class_of(config):
     "The Auto class that loads a saved model, by its configuration's `architectures`."
     return objective_of_config(config).auto_class
 
-# %% ../nbs/objectives.ipynb #f7d08a33
+# %% ../nbs/objectives.ipynb #9eb7763a
 def shared_objective(kinds: dict[str, Objective]) -> Objective:
     """The one objective of several models, name → objective; two of them in one table are a
     `ConfigError`."""
