@@ -1238,6 +1238,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'sprout_lab/kernels/build.py'),
                                           'sprout_lab.kernels.build._content': ( 'kernels/build.html#_content',
                                                                                  'sprout_lab/kernels/build.py'),
+                                          'sprout_lab.kernels.build._from_cache': ( 'kernels/build.html#_from_cache',
+                                                                                    'sprout_lab/kernels/build.py'),
                                           'sprout_lab.kernels.build._from_store': ( 'kernels/build.html#_from_store',
                                                                                     'sprout_lab/kernels/build.py'),
                                           'sprout_lab.kernels.build._from_temporary': ( 'kernels/build.html#_from_temporary',
