@@ -7,7 +7,7 @@ and a gated network, with weights of −1, 0 and 1."""
 __all__ = ['FusedNorm', 'BitLinear', 'TernaryModule', 'StreamConvolutions', 'HGRNBitAttention', 'ternary_ff_size', 'BitMLP',
            'HGRNBitBlock', 'TernaryConfig', 'TernaryPreTrainedModel', 'half_lives']
 
-# %% ../../nbs/models/hgrn.ipynb #1f11488e
+# %% ../../nbs/models/hgrn.ipynb #5168f9ee
 import math
 from functools import partial
 from typing import Annotated, Literal
@@ -27,14 +27,14 @@ from .recurrent import (RaggedBatch, RecurrentConfig, RecurrentPreTrainedModel,
                                          ShortConvolution, StateLayer)
 from .transformer import RMSNorm
 
-# %% ../../nbs/models/hgrn.ipynb #03d00efd
+# %% ../../nbs/models/hgrn.ipynb #57ee1089
 class FusedNorm(RMSNorm):
     """An RMSNorm that a kernel applies: `forward(kernel)` gives what `kernel(weight, eps)`
     returns."""
 
     def forward(self, kernel): return kernel(self.weight, self.eps)
 
-# %% ../../nbs/models/hgrn.ipynb #b2904263
+# %% ../../nbs/models/hgrn.ipynb #3dcf4661
 class BitLinear(nn.Linear):
     """Linear map with ternary weights and 8-bit activations behind a norm of its own, `(..., in)`
     → `(..., out)`, no bias. `weight (out, in)` is the float matrix that training moves. `role`
@@ -69,7 +69,7 @@ class BitLinear(nn.Linear):
         self._quantised = (None, None)
         return super()._apply(*args, **kwargs)
 
-# %% ../../nbs/models/hgrn.ipynb #711a67ad
+# %% ../../nbs/models/hgrn.ipynb #a0352de3
 def _refuse_merge(name: str, *args, **kwargs):
     raise ConfigError(
         f"{name}: an adapter cannot be merged into ternary weights, rounding would make another "
@@ -83,7 +83,7 @@ class TernaryModule(nn.Module):
         if isinstance(wrapped, BitLinear): value.merge = partial(_refuse_merge, name)
         super().__setattr__(name, value)
 
-# %% ../../nbs/models/hgrn.ipynb #39ef8fed
+# %% ../../nbs/models/hgrn.ipynb #18171a93
 def _older_wiring(name: str) -> ConfigError:
     return ConfigError(
         f"{name}: was trained when a shared short convolution fed two of the three streams; now "
@@ -112,7 +112,7 @@ class StreamConvolutions(nn.ModuleDict):
         if "shared" in self and name in state_dict: raise _older_wiring(name)
         return super()._load_from_state_dict(state_dict, prefix, *args)
 
-# %% ../../nbs/models/hgrn.ipynb #2f23dfbe
+# %% ../../nbs/models/hgrn.ipynb #411d5607
 class HGRNBitAttention(TernaryModule):
     """Token mixing by an elementwise gated recurrence, `(batch, length, hidden_size)` → same
     shape (Zhu et al., 2024, section 3.3). `expand_ratio`: width of the state in units of
@@ -148,7 +148,7 @@ class HGRNBitAttention(TernaryModule):
         g, h = self.g_proj(x_g), h.to(x.dtype)
         return self.o_proj(self.g_norm(lambda gain, eps: norm_gate(g, h, gain, eps)))
 
-# %% ../../nbs/models/hgrn.ipynb #cdf0ec8b
+# %% ../../nbs/models/hgrn.ipynb #67e65b14
 def ternary_ff_size(hidden_size: int, hidden_ratio: int = 4) -> int:
     """2/3 of `hidden_size`·`hidden_ratio`, rounded up to a multiple of 256 (a block of packed
     ternary weights)."""
@@ -180,11 +180,12 @@ class HGRNBitBlock(GradientCheckpointingLayer):
         x = x + self.attn(self.attn_norm(x), batch, state, lower_bound)
         return x + self.mlp(self.mlp_norm(x))
 
-# %% ../../nbs/models/hgrn.ipynb #63570116
+# %% ../../nbs/models/hgrn.ipynb #3fea4af9
 class TernaryConfig(RecurrentConfig):
     """Base of the configurations of models of ternary blocks. A family adds `vocab_size`, its
     widths and its depth."""
     model_type = "sprout_ternary"
+    lora_targets = "i_proj", "f_proj", "g_proj", "o_proj"
 
     expand_ratio: Annotated[int, setting(
         "Width of the recurrent state, in units of the model's width (a stage's, in a hierarchy).",
@@ -211,7 +212,7 @@ class TernaryConfig(RecurrentConfig):
         chosen = {name: getattr(self, name) for name in names}
         return {**chosen, "eps": self.rms_norm_eps, "integer": self.integer_forward}
 
-# %% ../../nbs/models/hgrn.ipynb #d4cf82a5
+# %% ../../nbs/models/hgrn.ipynb #db65cd95
 class TernaryPreTrainedModel(RecurrentPreTrainedModel):
     """What models of ternary blocks are to Hugging Face: how the blocks' weights start, and what
     is loaded."""
@@ -232,7 +233,7 @@ class TernaryPreTrainedModel(RecurrentPreTrainedModel):
         if old and any("shared" in m for m in convolutions): raise _older_wiring(old[0])
         return (model, loaded) if output_loading_info else model
 
-# %% ../../nbs/models/hgrn.ipynb #f240ccfd
+# %% ../../nbs/models/hgrn.ipynb #4a5e67f5
 @torch.no_grad()
 def half_lives(model, input_ids) -> list[torch.Tensor]:
     """Bytes until half of a channel's state is forgotten, on a text `(batch, length)`: one tensor

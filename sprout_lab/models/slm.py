@@ -11,6 +11,7 @@ from typing import Annotated
 
 import torch
 from torch import nn
+from transformers import AutoModel
 from transformers import initialization as init
 
 from ..configs import ConfigError, setting
@@ -24,7 +25,8 @@ class SLMConfig(TernaryConfig):
     model_type = "sprout_slm"
 
     vocab_size: Annotated[int, setting(
-        "Number of different tokens; 256 for bytes.", ge=2, le=2**24, unit="tokens", log=True)] = 256
+        "Number of different tokens; 256 for bytes.",
+        ge=2, le=2**24, unit="tokens", log=True)] = 256
     hidden_size: Annotated[int, setting(
         "Width of the residual stream.", ge=1, le=2**16, unit="channels", log=True)] = 128
     num_hidden_layers: Annotated[int, setting(
@@ -48,10 +50,10 @@ class SLMConfig(TernaryConfig):
         super().check()
         width, heads = self.hidden_size * self.expand_ratio, self.num_attention_heads
         if not width % heads: return
-        raise ConfigError(f"hidden_size={self.hidden_size} times expand_ratio={self.expand_ratio} is not "
-                          f"a multiple of num_attention_heads={heads}; change one of them")
+        raise ConfigError(f"hidden_size={self.hidden_size} times expand_ratio={self.expand_ratio} "
+                          f"is not a multiple of num_attention_heads={heads}; change one of them")
 
-# %% ../../nbs/models/slm.ipynb #637fee99
+# %% ../../nbs/models/slm.ipynb #03b149c6
 class SimplifiedSLMModel(TernaryPreTrainedModel, RecurrentModel):
     """Token ids `(batch, length)` to hidden states `(batch, length, hidden_size)`: embedding,
     ternary recurrent blocks, a last RMSNorm."""
@@ -87,3 +89,6 @@ class SimplifiedSLMForCausalLM(TernaryPreTrainedModel, RecurrentForCausalLM):
     """The flat ternary recurrent model with its head: token ids `(batch, length)` to next-token
     logits `(batch, length, vocab_size)`, loss, and generation."""
     config_class, base_class = SLMConfig, SimplifiedSLMModel
+
+# %% ../../nbs/models/slm.ipynb #2ef947cb
+AutoModel.register(SLMConfig, SimplifiedSLMModel, exist_ok=True)
