@@ -23,8 +23,9 @@ from .configs import (
     read_settings, resolve, sections, user_path)
 from .data.prepare import load_data
 from .data.tokenizers import load_tokenizer, register_tokenizers
-from .evaluation.benchmarks import Benchmark, transformer_benchmark
+from .evaluation.benchmarks import Benchmark
 from .evaluation.recurrent_benchmarks import hnet_benchmark, slm_benchmark
+from .evaluation.transformer_benchmarks import transformer_benchmark
 from .evaluation.tree_benchmarks import sprout_benchmark
 from .models.hnet import HNetBitConfig, HNetBitForCausalLM
 from .models.slm import SimplifiedSLMForCausalLM, SLMConfig
