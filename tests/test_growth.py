@@ -11,7 +11,6 @@ import torch
 
 from sprout_lab.configs import ConfigError, DataConfig, OutputConfig, RunConfig, TrainingConfig
 from sprout_lab.data.corpora import load_corpus
-from sprout_lab.data.masking import MaskedBatches, MaskedWindows
 from sprout_lab.data.tokenizers import ByteTokenizer
 from sprout_lab.models.sprout import SproutConfig, SproutForCausalLM, SproutForMaskedLM
 from sprout_lab.runs import read_log
@@ -36,10 +35,9 @@ def trainer(folder, growth=None, extra=(), said=None, causal=False, model=(), **
     settings = TrainingConfig(**{**dict(batch_size=4, max_steps=36, learning_rate=3e-3, warmup_steps=5, eval_interval=10, eval_batches=2, save_interval=6, log_interval=4,
                                         keep_checkpoints=100, device="cpu"), **training})
     run = RunConfig("sprout", {}, DataConfig(sequence_length=32), settings, OutputConfig(output_dir=str(folder), tensorboard=False, sample_tokens=0))
-    masked = {} if causal else dict(batches=MaskedBatches(data.train, tokenizer, 4, 32, seed=42),
-                                    windows=lambda limit: MaskedWindows(data.validation, tokenizer, 32, 4, max_batches=limit or 4))
     said = [] if said is None else said
-    return Trainer((SproutForCausalLM if causal else SproutForMaskedLM)(config), data, run, log=said.append, extra_callbacks=[growth or Growth(), *extra], **masked)
+    model = (SproutForCausalLM if causal else SproutForMaskedLM)(config)
+    return Trainer(model, data, run, log=said.append, extra_callbacks=[growth or Growth(), *extra])
 
 
 def state(one): return {name: value.clone() for name, value in one.model.state_dict().items()}

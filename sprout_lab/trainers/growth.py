@@ -12,7 +12,7 @@ import torch
 from ..configs import ConfigError, nearest
 from ..models.sprout import GrowthEvent
 from ..runs import CsvLog
-from .callbacks import Callback, NaNGuard, due
+from .callbacks import Callback, due
 from .optimizers import build_optimizer
 
 # %% ../../nbs/trainers/growth.ipynb #1b91e200
@@ -128,11 +128,7 @@ class Growth(Callback):
 
     def __init__(self, policy: GrowthPolicy | None = None, limit: int = 1): self.policy, self.limit, self.log = policy, limit, None
 
-    def on_prepare(self, trainer):
-        "Right behind the guard: what grows at a step is in that step's checkpoint."
-        others = [c for c in trainer.callbacks if c is not self]
-        front = sum(isinstance(c, NaNGuard) for c in others) and 1 + max(i for i, c in enumerate(others) if isinstance(c, NaNGuard))
-        trainer.callbacks = [*others[:front], self, *others[front:]]
+    order = 30   # right behind the guard: what grows at a step is in that step's checkpoint
 
     def on_start(self, trainer):
         config = trainer.model.config
