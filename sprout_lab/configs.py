@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['sections', 'ALIASES', 'SWITCHES', 'VALUES', 'ConfigError', 'nearest', 'setting', 'FieldSpec', 'settings_fields',
            'Settings', 'DataConfig', 'TrainingConfig', 'OutputConfig', 'canonical', 'user_path', 'read_mapping',
-           'flatten', 'read_settings', 'preset_names', 'families_of_preset', 'read_preset', 'RunConfig', 'resolve',
-           'settings_table', 'aliases_table']
+           'flatten', 'read_settings', 'add_presets', 'preset_names', 'families_of_preset', 'read_preset', 'RunConfig',
+           'resolve', 'settings_table', 'aliases_table']
 
 # %% ../nbs/configs.ipynb #c7c6b345
 import difflib
@@ -368,22 +368,37 @@ def read_settings(path) -> dict:
     except RecursionError: raise ConfigError(f"{path}: its config_file leads back to itself; name another file there") from None
 
 # %% ../nbs/configs.ipynb #1681fd69
-def _preset_folder(family: str) -> Path: return Path(__file__).parent / "presets" / family if "__file__" in globals() else Path("../sprout_lab/presets") / family
+_further_presets: dict[str, dict | Path] = {}
+
+def _preset_folder(family: str) -> Path:
+    "The folder of a family's presets: its own, or the one that the lab ships."
+    further = _further_presets.get(family)
+    if isinstance(further, Path): return further
+    lab = Path(__file__).parent if "__file__" in globals() else Path("../sprout_lab")
+    return lab / "presets" / family
+
+def add_presets(family: str, presets: dict | str | Path) -> None:
+    "Make presets of a family from elsewhere known: name → settings, or a folder of YAML files."
+    _further_presets[family] = presets if isinstance(presets, dict) else user_path(presets)
 
 def preset_names(family: str) -> list[str]:
-    "Names of the shipped presets of a family, sizes first."
+    "Names of the presets of a family, sizes first."
     order = ["nano", "mini", "small", "base"]
-    names = sorted(p.stem for p in _preset_folder(family).glob("*.yaml"))
+    further = _further_presets.get(family)
+    names = sorted(further if isinstance(further, dict) else (p.stem for p in _preset_folder(family).glob("*.yaml")))
     return [n for n in order if n in names] + [n for n in names if n not in order]
 
 def families_of_preset(name: str) -> list[str]:
-    "The families that have a shipped preset of that name."
-    return sorted(p.name for p in _preset_folder(".").iterdir() if p.is_dir() and name in preset_names(p.name))
+    "The families that have a preset of that name."
+    shipped = [p.name for p in _preset_folder(".").iterdir() if p.is_dir()]
+    return sorted(family for family in {*shipped, *_further_presets} if name in preset_names(family))
 
 def read_preset(family: str, name: str) -> dict:
-    "A shipped preset as flat names and values; unknown names are answered with the known ones."
-    if name not in preset_names(family):
-        raise ConfigError(f"preset={name!r}: {family} has {', '.join(preset_names(family))}{nearest(name, preset_names(family))}")
+    "A preset as flat names and values; unknown names are answered with the known ones."
+    known = preset_names(family)
+    if name not in known: raise ConfigError(f"preset={name!r}: {family} has {', '.join(known)}{nearest(name, known)}")
+    further = _further_presets.get(family)
+    if isinstance(further, dict): return flatten(further[name], f"the preset {name} of {family}")
     return read_settings(_preset_folder(family) / f"{name}.yaml")
 
 # %% ../nbs/configs.ipynb #f3fd47c2
@@ -436,15 +451,15 @@ class RunConfig:
 
 # %% ../nbs/configs.ipynb #8953842e
 def resolve(family: str, model_settings, *, flags: dict | None = None, config: str | None = None, presets: list[str] = (),
-            objective: str | None = None) -> RunConfig:
+            objective: str | None = None, content: dict | None = None) -> RunConfig:
     """Lay flags over a file over presets over defaults. `model_settings` is the model's configuration class (or its settings class);
-    `presets` are read in order, later ones win. Unknown names, wrong values and impossible combinations are one-line `ConfigError`s."""
+    `presets` are read in order, later ones win; `content`: of the file `config`, where it has been read already. Unknown names, wrong values and impossible combinations are one-line `ConfigError`s."""
     model_settings = getattr(model_settings, "settings", model_settings)
     home = {name: section for section, cls in sections.items() for name in cls.model_fields}
     own = [name for name in model_settings.model_fields if name not in home]
     home |= dict.fromkeys(own, "model")
     layers = [(f"preset {name}", read_preset(family, name)) for name in presets]
-    if config is not None: layers.append((f"file {config}", read_settings(config)))
+    if config is not None: layers.append((f"file {config}", read_settings(config) if content is None else content))
     layers.append(("flag", flags or {}))
 
     values, sources, rank = {}, {}, {}

@@ -6,7 +6,7 @@
 __all__ = ['PSEUDO_TOKENS', 'objectives', 'Fragment', 'Objective', 'Causal', 'Masked', 'register_objective', 'get_objective',
            'objective_of', 'auto_class_of']
 
-# %% ../nbs/objectives.ipynb #0a13ae33
+# %% ../nbs/objectives.ipynb #f476cf6d
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -21,13 +21,13 @@ from .decoding.filling import fill_masks, fill_sample
 from .decoding.sampling import SamplingConfig, generate_text, stream_text
 from .metrics import evaluate_model, held_out_baselines
 
-# %% ../nbs/objectives.ipynb #955c3a8d
+# %% ../nbs/objectives.ipynb #6095e5fa
 class Fragment(NamedTuple):
     "A piece of what a model writes: as it is `shown` (guesses in brackets, say) and as plain `text`."
     shown: str
     text: str
 
-# %% ../nbs/objectives.ipynb #2e9df0b9
+# %% ../nbs/objectives.ipynb #793697a3
 class Objective:
     """What a model learns to do. Instances hold no state; one of each kind stands in `objectives`.
 
@@ -58,6 +58,10 @@ class Objective:
     def notice(self, data) -> str | None:
         "What must be said about this data before a run, in one line, or nothing."
 
+    def prompts(self, given: list[str] | None) -> list[str]:
+        "The prompts that were given, or what the objective takes for one where none was."
+        return ["\n"] if given is None else given
+
     def baselines(self, data) -> dict[str, float]:
         "Scores in `unit` that need no model, for the figure of a run: name → value."
         return {}
@@ -84,7 +88,7 @@ class Objective:
         "What a thorough evaluation tells besides: name → value, or name → dict of values."
         return {}
 
-# %% ../nbs/objectives.ipynb #19a5cb89
+# %% ../nbs/objectives.ipynb #8f4d0f06
 class Causal(Objective):
     "What comes next: $p(x_t \\mid x_{<t})$, in bits per byte."
     name, metric, unit = "causal", "bits_per_byte", "bits per byte"
@@ -130,7 +134,7 @@ class Causal(Objective):
                                   top_k=top_k, seed=run.training.seed)
         for piece in stream_text(model, tokenizer, prompt, sampling): yield piece.text
 
-# %% ../nbs/objectives.ipynb #2c73db33
+# %% ../nbs/objectives.ipynb #3221af4f
 PSEUDO_TOKENS = 1000   # of a text, for its pseudo-log-likelihood
 
 class Masked(Objective):
@@ -154,6 +158,11 @@ class Masked(Objective):
         "Held-out batches with fixed gaps, the same every time."
         rules = model_config.mask_prob, model_config.whole_word_masking
         return MaskedWindows(tokens, tokenizer, sequence_length, batch_size, max_batches, *rules)
+
+    def prompts(self, given: list[str] | None) -> list[str]:
+        if given is not None: return given
+        raise ConfigError("a masked model fills gaps; say --prompt \"To be, or [MASK]ot to be\", "
+                          "with [MASK] where a token is missing")
 
     def respond(self, model, tokenizer, prompts: list[str], sampling: SamplingConfig) -> Iterator[Fragment]:
         """`prompts` with their gaps (`[MASK]`) filled, `num_samples` times each. At temperature 0 the
@@ -183,7 +192,7 @@ class Masked(Objective):
         score = pseudo_log_likelihood(model, tokenizer, text, window=window)
         return {"pseudo_log_likelihood": score}
 
-# %% ../nbs/objectives.ipynb #4e9f4388
+# %% ../nbs/objectives.ipynb #b144dd67
 objectives: dict[str, Objective] = {}
 
 def register_objective(objective: Objective) -> Objective:
@@ -200,7 +209,7 @@ def get_objective(name: str) -> Objective:
     raise ConfigError(f"objective={name!r}: choose from {known}{nearest(name, objectives)}")
     return objectives[name]
 
-# %% ../nbs/objectives.ipynb #15fce6e2
+# %% ../nbs/objectives.ipynb #959ec10a
 def objective_of(model) -> Objective:
     "What `model` was made for. Adapters and compiled models are looked into."
     while hasattr(model, "_orig_mod"): model = model._orig_mod

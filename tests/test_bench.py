@@ -7,7 +7,7 @@ import pytest
 import torch
 from sprout_lab.configs import ConfigError, preset_names, resolve
 from sprout_lab.evaluation import benchmarks, recurrent_benchmarks
-from sprout_lab.evaluation.benchmarks import Row, Shape, bench, bench_rows, bench_table, compare, loss_at, one_thread, plot_bench, plot_quality, quality_rows, read_bench, side_by_side, time_to
+from sprout_lab.evaluation.benchmarks import Row, Shape, bench_transformer, transformer_benchmark, bench_rows, bench_table, compare, loss_at, one_thread, plot_bench, plot_quality, quality_rows, read_bench, side_by_side, time_to
 from sprout_lab.families import get_family
 from sprout_lab.kernels import build
 
@@ -85,7 +85,7 @@ def test_ratios_are_paired():
 
 def test_without_a_clone_the_peer_is_named_absent(family, toy_parts, tmp_path):
     said, file = [], tmp_path / "bench.json"
-    rows = bench(family, repeats=1, output=file, log=said.append)
+    rows = bench_transformer(family, repeats=1, output=file, log=said.append)
     text = "\n".join(said)
     assert "nanoGPT: absent" in text and {r.part for r in rows} == {"training", "decoding", "tokenizer"}
     assert all(r.value is None for r in rows if r.against == "nanoGPT") and all(r.value for r in rows if r.against != "nanoGPT")
@@ -94,12 +94,12 @@ def test_without_a_clone_the_peer_is_named_absent(family, toy_parts, tmp_path):
     assert bench_rows(content) == [r for part in content["parts"] for r in rows if r.part == part]
     content["parts"]["quality"] = {"rows": []}
     file.write_text(json.dumps(content))
-    bench(family, only=["tokenizer"], repeats=1, output=file, log=said.append)
+    bench_transformer(family, only=["tokenizer"], repeats=1, output=file, log=said.append)
     assert list(read_bench(file)["parts"]) == ["training", "decoding", "tokenizer", "quality"]    # the others stay
 
 
 def test_beside_a_peer(family, toy_parts, peer, capsys):
-    rows = bench(family, nanogpt=peer, only=["training", "decoding"], repeats=1, log=lambda words: None)
+    rows = bench_transformer(family, peers={"nanogpt": peer}, only=["training", "decoding"], repeats=1, log=lambda words: None)
     assert all(r.ratio > 0 for r in rows) and {r.against for r in rows} >= {"nanoGPT", "HF Llama", "HF generate"}
     assert capsys.readouterr().out == ""
     assert len(plot_bench(rows).png()) > 1000
@@ -125,17 +125,17 @@ def test_time_to_a_loss():
     assert time_to([(1, 1.0, 3.0)], 3.0) == 1.0 and time_to([(1, 1.0, 3.0)], 2.9) is None
 
 
-@pytest.mark.parametrize("wrong, words", [(dict(only=["trainin"]), "did you mean 'training'"), (dict(repeats=0), "repeats"), (dict(nanogpt="/nowhere"), "model.py"),
+@pytest.mark.parametrize("wrong, words", [(dict(only=["trainin"]), "did you mean 'training'"), (dict(repeats=0), "repeats"), (dict(peers={"nanogpt": "/nowhere"}), "model.py"),
                                           (dict(output="/nowhere/b.json"), "folder")])
 def test_mistakes_are_one_line(family, wrong, words):
-    with pytest.raises(ConfigError) as error: bench(family, **wrong, log=lambda words: None)
+    with pytest.raises(ConfigError) as error: transformer_benchmark(family, **wrong, log=lambda words: None)
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_foreign_file_is_not_overwritten(family, tmp_path):
     file = tmp_path / "notes.json"
     file.write_text('{"my": "notes"}')
-    with pytest.raises(ConfigError, match="holds no benchmark"): bench(family, output=file)
+    with pytest.raises(ConfigError, match="holds no benchmark"): bench_transformer(family, output=file)
     assert file.read_text() == '{"my": "notes"}'
 
 
@@ -163,7 +163,8 @@ def tiny_recurrent(monkeypatch):
              "training": lambda f, peer, n: recurrent_benchmarks.bench_training(f, peer, n, size="nano", batches=((1, 8), (2, 8))),
              "generation": lambda f, peer, n: recurrent_benchmarks.bench_generation(f, peer, n, sizes=["nano"], new=6, few=2),
              "memory": lambda f, peer, n: recurrent_benchmarks.bench_memory(f, peer, n, size="nano", lengths=(16,))}
-    monkeypatch.setattr(recurrent_benchmarks, "RECURRENT_PARTS", {"slm": parts, "hnet": {name: parts[name] for name in ("training", "generation", "memory")}})
+    monkeypatch.setattr(recurrent_benchmarks, "SLM_PARTS", parts)
+    monkeypatch.setattr(recurrent_benchmarks, "HNET_PARTS", {name: parts[name] for name in ("training", "generation", "memory")})
 
 
 @pytest.fixture
@@ -204,18 +205,19 @@ HNetBitForCausalLM = SimplifiedSLMForCausalLM
 @pytest.mark.parametrize("name", ("slm", "hnet"))
 def test_recurrent_models_without_a_peer(name, tiny_recurrent, tmp_path):
     said, file = [], tmp_path / "bench.json"
-    rows = recurrent_benchmarks.bench_recurrent(get_family(name), repeats=1, output=file, log=said.append)
+    benchmark = getattr(recurrent_benchmarks, f"{name}_benchmark")
+    rows = benchmark(get_family(name), repeats=1, output=file, log=said.append)
     text = "\n".join(said)
     assert "prototype: absent" in text and ("matmulfreellm" if name == "slm" else "goombalab/hnet") + ": absent" in text
     assert {r.against for r in rows if r.value is None} == {"prototype", *recurrent_benchmarks.ABSENT[name]}
     assert all(r.value for r in rows if r.value is not None) and {"eager fp32", "state"} <= {r.against for r in rows}
-    recurrent_benchmarks.bench_recurrent(get_family(name), only=["memory"], repeats=1, output=file, log=said.append)
+    benchmark(get_family(name), only=["memory"], repeats=1, output=file, log=said.append)
     content = read_bench(file)
-    assert list(content["parts"]) == [f"{name} {part}" for part in recurrent_benchmarks.RECURRENT_PARTS[name]] and bench_rows(content)[:2] == rows[:2]
+    assert list(content["parts"]) == [f"{name} {part}" for part in benchmark.parts] and bench_rows(content)[:2] == rows[:2]
 
 
 def test_recurrent_models_beside_a_peer(tiny_recurrent, prototype):
-    rows = recurrent_benchmarks.bench_recurrent(get_family("slm"), simplified_slm=prototype, only=["scan", "training", "generation"], repeats=1, log=lambda words: None)
+    rows = recurrent_benchmarks.bench_slm(get_family("slm"), peers={"simplified_slm": prototype}, only=["scan", "training", "generation"], repeats=1, log=lambda words: None)
     measured = [r for r in rows if r.against == "prototype"]
     assert len(measured) == 7 and all(r.ratio > 0 for r in measured) and sum(r.target is not None for r in measured) == 5
 

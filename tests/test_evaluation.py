@@ -433,7 +433,7 @@ def test_the_command_evaluates_what_the_run_held_out(corpus_run):
     from sprout_lab.data.prepare import load_data
     results, shown = evaluate(corpus_run.folder, compare=[corpus_run.folder / "checkpoints" / "step_5.pt"], num_samples=2)
     data = load_data(DataConfig(train_data_path=str(corpus_run.folder.parent / "text.txt"), sequence_length=32))
-    assert results["evaluation"] == evaluate_model(small(2), Windows(data.validation, 32, 16), data.validation.bytes_per_token)
+    assert results["evaluation"] == evaluate_model(small(2), Windows(data.validation, 32, 32), data.validation.bytes_per_token)
     assert "step_10 on" in shown and "windows of 32 tokens" in shown and "utf8 validity" in shown and set(results["checkpoints"]) == {"step_10", "step_5"}
     saved = json.loads(corpus_run.evaluation.read_text())
     assert saved["loss"] == results["evaluation"]["loss"] and saved["checkpoint"] == "step_10" and len(saved["generation"]["samples"]) == 2
@@ -445,7 +445,7 @@ def test_the_command_elsewhere(corpus_run, text, tmp_path):
     other.mkdir()
     (other / "a.txt").write_text(text[:1500]), (other / "b.txt").write_text(text[1500:])
     results, shown = evaluate(corpus_run.folder / "best.pt", data_dir=str(other), output_dir=tmp_path / "out", sequence_length=16, max_batches=2)
-    assert json.loads((tmp_path / "out" / "evaluation_results.json").read_text())["num_tokens"] == results["evaluation"]["num_tokens"] == 2 * 16 * 16
+    assert json.loads((tmp_path / "out" / "evaluation_results.json").read_text())["num_tokens"] == results["evaluation"]["num_tokens"] == 2 * 32 * 16
     assert not corpus_run.evaluation.exists()
     small(3).save_pretrained(tmp_path / "bare")                                        # a model of no run, without a tokenizer
     results, shown = evaluate(tmp_path / "bare", dataset="shakespeare", max_batches=1)

@@ -29,11 +29,16 @@ from ..visualizers.style import Figure
 # %% ../../nbs/evaluation/evaluator.ipynb #81ef09e9
 class EvaluationConfig(Settings):
     "How a model is evaluated."
-    batch_size: Annotated[int, setting("Windows per forward pass.", ge=1, le=2**16, unit="windows", log=True)] = 32
-    sequence_length: Annotated[int | None, setting("Length of a window; none is 256, or the model's longest where that is less.", ge=1, le=2**20, unit="tokens", log=True)] = None
-    max_batches: Annotated[int | None, setting("Evaluate on so many batches, spread evenly over the text; none takes all of it.", ge=1, unit="batches")] = None
-    mixed_precision: Annotated[Literal["no", "bf16", "fp16"], setting("Arithmetic of the forward pass.")] = "no"
-    shift: Annotated[bool, setting("Predict the next token; false for masked models, whose labels stand where their tokens were.")] = True
+    sequence_length: Annotated[int | None, setting(
+        "Length of a window; none is as trained, or 256, or the model's longest where that is less.",
+        ge=1, le=2**20, unit="tokens", log=True)] = None
+    batch_size: Annotated[int, setting(
+        "Windows per forward pass.", ge=1, le=2**16, unit="windows", log=True)] = 32
+    max_batches: Annotated[int | None, setting(
+        "Evaluate on so many batches, spread evenly over the text; none takes all of it.",
+        ge=1, unit="batches")] = None
+    mixed_precision: Annotated[Literal["no", "bf16", "fp16"], setting(
+        "Arithmetic of the forward pass.")] = "no"
     seed: Annotated[int, setting("Seed of generated samples.", ge=0, le=2**32 - 1)] = 42
 
 # %% ../../nbs/evaluation/evaluator.ipynb #c2e6c7b5
@@ -188,7 +193,7 @@ class Evaluator:
         bytes_per_token = bytes_per_token or getattr(getattr(windows, "tokens", None), "bytes_per_token", None)
         counted = []
         count = None if bytes_per_token or tokenizer is None or not keeps_text(tokenizer) else lambda targets: counted.append(count_bytes(tokenizer, targets))
-        sums = evaluate_sums(model, windows, autocast=self.config.mixed_precision, progress=self.progress, shift=self.config.shift, observe=count)
+        sums = evaluate_sums(model, windows, autocast=self.config.mixed_precision, progress=self.progress, shift=not fills_gaps(model), observe=count)
         if counted and sum(counted): bytes_per_token = sum(counted) / sums[3].item()
         return summarize(sums, bytes_per_token)
 
