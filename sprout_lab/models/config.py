@@ -35,7 +35,7 @@ class ModelConfig(PreTrainedConfig):
             mine = {name: value for name, value in values.items() if name in cls.settings.model_fields}
             rest = {name: value for name, value in values.items() if name not in mine}
             for name in rest:
-                if not name.startswith("_") and name not in _HUB_NAMES:
+                if not name.startswith("_") and name not in _HUB_NAMES and name not in cls.__dataclass_fields__:
                     raise ConfigError(f"{name}: {cls.__name__} has no such setting{nearest(name, cls.settings.model_fields)}")
             object.__setattr__(self, "_ready", False)
             store(self, **cls.settings(**mine).model_dump(), **rest)
