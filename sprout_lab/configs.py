@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['sections', 'ALIASES', 'SWITCHES', 'VALUES', 'ConfigError', 'nearest', 'setting', 'FieldSpec', 'settings_fields',
-           'Settings', 'DataConfig', 'TrainingConfig', 'OutputConfig', 'canonical', 'user_path', 'read_mapping',
-           'flatten', 'read_settings', 'add_presets', 'preset_names', 'families_of_preset', 'read_preset', 'RunConfig',
-           'resolve', 'settings_table', 'aliases_table']
+           'Settings', 'DataConfig', 'TrainingConfig', 'OutputConfig', 'canonical', 'check_file', 'read_bytes',
+           'read_text', 'parse_json', 'read_json', 'user_path', 'read_mapping', 'flatten', 'read_settings',
+           'add_presets', 'preset_names', 'families_of_preset', 'read_preset', 'RunConfig', 'resolve', 'settings_table',
+           'aliases_table']
 
 # %% ../nbs/configs.ipynb #c7c6b345
 import difflib
@@ -14,6 +15,7 @@ import json
 import math
 import os
 import reprlib
+import stat
 import types
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -276,6 +278,48 @@ def canonical(name: str, value: Any, known) -> tuple[str, Any]:
     if name in VALUES and str(value).lower() in VALUES[name]: value = VALUES[name][str(value).lower()]
     return name, value
 
+# %% ../nbs/configs.ipynb #c851f6ba
+_KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket",
+          stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
+
+def check_file(path, what: str = "a file") -> None:
+    "Raise a `ConfigError` when something else than a regular file stands at `path`. Nothing there is fine."
+    try: mode = os.stat(path).st_mode
+    except FileNotFoundError: return
+    except OSError as error: raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+    kind = _KINDS.get(stat.S_IFMT(mode))
+    if kind: raise ConfigError(f"{path}: is {kind}; {what} is needed there")
+
+def read_bytes(path, what: str = "a file", most: int = 2**28) -> bytes:
+    "The content of a regular file of at most `most` bytes; anything else is a one-line `ConfigError`."
+    check_file(path, what)
+    try:
+        with open(path, "rb") as file: content = file.read(most + 1)
+    except FileNotFoundError: raise ConfigError(f"{path}: is missing; {what} is needed there") from None
+    except OSError as error: raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+    if len(content) > most: raise ConfigError(f"{path}: is larger than {most:,} bytes; this is not {what}")
+    return content
+
+def read_text(path, what: str = "a file") -> str:
+    "The text (UTF-8) of a regular file; anything else is a one-line `ConfigError`."
+    try: return read_bytes(path, what).decode("utf-8")
+    except UnicodeDecodeError: raise ConfigError(f"{path}: is not text; {what} is needed there") from None
+
+# %% ../nbs/configs.ipynb #720e1202
+def parse_json(text: str, path, pairs=None) -> Any:
+    "JSON as plain data; what cannot be read is a one-line `ConfigError`. `pairs`: makes a mapping of (key, value) pairs."
+    try: return json.loads(text, object_pairs_hook=pairs)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path}: is not valid JSON (line {error.lineno}: {error.msg})") from None
+    except RecursionError: raise ConfigError(f"{path}: is nested too deeply") from None
+    except ValueError: raise ConfigError(f"{path}: holds a number that cannot be read") from None
+
+def read_json(path, what: str = "a JSON file") -> dict:
+    "A JSON file that holds a mapping; anything else is a one-line `ConfigError`."
+    content = parse_json(read_text(path, what), path)
+    if isinstance(content, dict): return content
+    raise ConfigError(f"{path}: holds a {type(content).__name__}; a mapping of names to values is needed")
+
 # %% ../nbs/configs.ipynb #6a83f26f
 _SECTION_KEYS = {
     ("experiment", "name"): "experiment_name", ("dataset", "name"): "dataset_name", ("data", "name"): "dataset_name",
@@ -318,21 +362,25 @@ def read_mapping(path) -> dict:
     if not path.exists():
         beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise ConfigError(f"{path}: no such configuration file{nearest(path.name, beside)}")
-    if path.is_dir(): raise ConfigError(f"{path}: is a folder; a configuration is a YAML or JSON file")
-    try: text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError: raise ConfigError(f"{path}: is not text; a configuration is a YAML or JSON file") from None
-    except OSError as error: raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
-    try: content = json.loads(text, object_pairs_hook=_no_twins) if text.lstrip().startswith("{") else _safe_yaml(text)
-    except ConfigError as error: raise ConfigError(f"{path}: {error}") from None
-    except json.JSONDecodeError as error: raise ConfigError(f"{path}: is not valid JSON (line {error.lineno}: {error.msg})") from None
-    except yaml.YAMLError as error:
-        line = f"line {error.problem_mark.line + 1}: " if getattr(error, "problem_mark", None) else ""
-        raise ConfigError(f"{path}: is not valid YAML ({line}{getattr(error, 'problem', None) or 'it cannot be parsed'})") from None
-    except (ValueError, KeyError, AttributeError, TypeError, OverflowError): raise ConfigError(f"{path}: holds a value that cannot be read; a configuration has plain names, numbers and texts") from None
-    except RecursionError: raise ConfigError(f"{path}: is nested too deeply; a configuration has names and values, at most in sections") from None
+    content = _parse_mapping(read_text(path, "a configuration, a YAML or JSON file,"), path)
     if content is None: raise ConfigError(f"{path}: is empty; write settings such as `batch_size: 16`")
-    if not isinstance(content, dict): raise ConfigError(f"{path}: holds a {type(content).__name__}; a configuration is a mapping of names to values")
-    return content
+    if isinstance(content, dict): return content
+    raise ConfigError(f"{path}: holds a {type(content).__name__}; a configuration is a mapping of names to values")
+
+def _parse_mapping(text: str, path):
+    "The content of a configuration file, whichever of the two forms it has."
+    if text.lstrip().startswith("{"):
+        try: return parse_json(text, path, _no_twins)
+        except ConfigError as error: raise error if str(path) in str(error) else ConfigError(f"{path}: {error}") from None
+    unreadable = "holds a value that cannot be read; a configuration has plain names, numbers and texts"
+    try: return _safe_yaml(text)
+    except ConfigError as error: raise ConfigError(f"{path}: {error}") from None
+    except yaml.YAMLError as error:
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        line = f"line {mark.line + 1}: " if mark else ""
+        raise ConfigError(f"{path}: is not valid YAML ({line}{problem or 'it cannot be parsed'})") from None
+    except RecursionError: raise ConfigError(f"{path}: is nested too deeply; names and values are needed, at most in sections") from None
+    except (ValueError, KeyError, AttributeError, TypeError, OverflowError): raise ConfigError(f"{path}: {unreadable}") from None
 
 # %% ../nbs/configs.ipynb #51fc8893
 def flatten(content: dict, where: str = "the configuration", folder: Path = Path(".")) -> dict:

@@ -165,7 +165,7 @@ def test_threads_do_not_change_numbers():
 
 def test_backend_errors():
     f = torch.rand(1, 2, 3)
-    with pytest.raises(ConfigError, match="one of auto, reference, torch, c, triton"): gated_scan(f, f, backend="cuda")
+    with pytest.raises(ConfigError, match="choose from auto, reference, torch, c, triton"): gated_scan(f, f, backend="cuda")
     with pytest.raises(ConfigError, match="move them to a GPU|not installed"): gated_scan(f, f, backend="triton")
 
 

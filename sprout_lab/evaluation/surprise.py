@@ -17,7 +17,9 @@ from ..metrics import evaluation_mode
 # %% ../../nbs/evaluation/surprise.ipynb #0f4ea908
 @dataclass
 class TextSurprise:
-    "What a model thought of a text: `pieces` of it, `nats` (−ln p of each; NaN where nothing was predicted), `alternatives` (likeliest texts with their probabilities, at a piece's first token)."
+    """What a model thought of a text: `pieces` of it, `nats` (−ln p of each; NaN where nothing
+    was predicted), `alternatives` (likeliest texts with their probabilities, at a piece's first
+    token)."""
     pieces: list[str]
     nats: list[float]
     alternatives: list[list[tuple[str, float]]] = field(default_factory=list)
@@ -30,40 +32,57 @@ class TextSurprise:
         return math.fsum(n for n, _ in known) / (math.log(2) * size) if size else math.nan
 
 # %% ../../nbs/evaluation/surprise.ipynb #eeffe21e
-def text_surprise(model, tokenizer, text: str, alternatives: int = 5, begin: int | None = None, window: int | None = None) -> TextSurprise:
-    """The surprise of a causal `model` at each piece of `text`.
-
-    `alternatives`: how many likely tokens are kept for each piece. `begin`: id of a token to put before the text, such as the end-of-text token for a model
-    trained on documents that end with it; without one the first token is not predicted. `window`: tokens that the model sees at once, by default
-    its `max_position_embeddings`."""
-    ids = ([] if begin is None else [begin]) + list(tokenizer.encode(text, add_special_tokens=False))
-    if not text: raise ConfigError("the text is empty; there is nothing to be surprised at")
-    window = window or getattr(model.config, "max_position_embeddings", None) or 2048
-    if window < 2: raise ConfigError(f"window={window}: at least 2 tokens are needed, one to see and one to predict")
-    device = next(model.parameters()).device
-    nats, likely = [math.nan], [[]]                     # of every id; nothing comes before the first
-    with evaluation_mode(model):
-        while len(nats) < len(ids):
-            # predict ids[len(nats):], seeing as much as fits; half a window forward each time
-            start = max(0, len(nats) - (window if len(nats) < window else window // 2))
-            seen = torch.tensor([ids[start:min(start + window, len(ids) - 1)]], device=device)
-            scores = model(input_ids=seen, use_cache=False).logits[0, len(nats) - 1 - start:].float().log_softmax(-1)
-            targets = torch.tensor(ids[len(nats):len(nats) + len(scores)], device=device)
-            nats += (-scores.gather(-1, targets[:, None])[:, 0]).tolist()
-            best = scores.topk(min(alternatives, scores.shape[-1]))
-            likely += [list(zip(i, p)) for i, p in zip(best.indices.tolist(), best.values.exp().tolist())]
-    if begin is not None: ids, nats, likely = ids[1:], nats[1:], likely[1:]
-    return _pieces(tokenizer, ids, nats, likely)
-
-def _pieces(tokenizer, ids, nats, likely) -> TextSurprise:
+def _gathered(tokenizer, ids, nats, likely) -> TextSurprise:
     "Tokens gathered until they end at the end of a character."
-    found, first = TextSurprise([], []), 0
+    told, first = TextSurprise([], []), 0
     for last in range(len(ids)):
         piece = tokenizer.decode(ids[first:last + 1])
         # a character needs four bytes at most; what is still broken then is in the text itself
         if piece.endswith("\ufffd") and last + 1 < len(ids) and last - first < 3: continue
-        found.pieces.append(piece)
-        found.nats.append(math.fsum(nats[first:last + 1]))
-        found.alternatives.append([(tokenizer.decode([i]), p) for i, p in likely[first]])
+        told.pieces.append(piece)
+        told.nats.append(math.fsum(nats[first:last + 1]))
+        told.alternatives.append([(tokenizer.decode([i]), p) for i, p in likely[first]])
         first = last + 1
-    return found
+    return told
+
+
+def _window(model, window: int | None) -> int:
+    window = window or getattr(model.config, "max_position_embeddings", None) or 2048
+    if window < 2:
+        raise ConfigError(f"window={window}: at least 2 tokens are needed, one to see and one to "
+                          f"predict")
+    return window
+
+# %% ../../nbs/evaluation/surprise.ipynb #6afb4b2a
+def text_surprise(model, tokenizer, text: str, alternatives: int = 5, begin: int | None = None,
+                  window: int | None = None) -> TextSurprise:
+    """The surprise of a causal `model` at each piece of `text`.
+
+    `alternatives`: how many likely tokens are kept for each piece. `begin`: id of a token to put
+    before the text, such as the end-of-text token for a model trained on documents that end with
+    it; without one the first token is not predicted. `window`: tokens that the model sees at
+    once, by default its `max_position_embeddings`. Raises `ConfigError` for an empty text."""
+    ids = ([] if begin is None
+           else [begin]) + list(tokenizer.encode(text, add_special_tokens=False))
+    if not text: raise ConfigError("the text is empty; there is nothing to be surprised at")
+    window, device = _window(model, window), next(model.parameters()).device
+    # of every id; nothing comes before the first
+    nats, likely = [math.nan], [[]]
+    with evaluation_mode(model):
+        while len(nats) < len(ids):
+            # predict ids[len(nats):], seeing as much as fits; half a window forward each time
+            start = max(0, len(nats) - (window if len(nats) < window else window // 2))
+            # [1, seen]
+            seen = torch.tensor([ids[start:min(start + window, len(ids) - 1)]], device=device)
+            # [new, vocabulary]
+            logits = model(input_ids=seen, use_cache=False).logits[0, len(nats) - 1 - start:]
+            scores = logits.float().log_softmax(-1)
+            # [new]
+            targets = torch.tensor(ids[len(nats):len(nats) + len(scores)], device=device)
+            nats += (-scores.gather(-1, targets[:, None])[:, 0]).tolist()
+            # [new, alternatives]
+            best = scores.topk(min(alternatives, scores.shape[-1]))
+            likely += [list(zip(i, p)) for i, p in zip(best.indices.tolist(),
+                                                       best.values.exp().tolist())]
+    if begin is not None: ids, nats, likely = ids[1:], nats[1:], likely[1:]
+    return _gathered(tokenizer, ids, nats, likely)

@@ -18,49 +18,65 @@ from .elementwise import rms_norm_reference, rotary_reference
 
 # %% ../../nbs/kernels/decode.ipynb #96c1f195
 class DecodeLayer(NamedTuple):
-    """The tensors of one block. Matrices are `(out, in)`; `w3` is none without a gate, norms are none where there are none; `keys` and `values` are
-    `(batch, kv_heads, capacity, head_dim)` and are written at the new column."""
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    o: Tensor
-    w1: Tensor
-    w2: Tensor
-    w3: Tensor | None
-    norm1: Tensor | None
-    norm2: Tensor | None
-    q_norm: Tensor | None
-    k_norm: Tensor | None
+    """The tensors of one block. Matrices are `(out, in)`; `w3` is none without a gate, norms are
+    none where there are none; `keys` and `values` are `(batch, kv_heads, capacity, head_dim)` and
+    are written at the new column."""
+    q: Tensor                  # (width, width)
+    k: Tensor                  # (kv_heads * head_dim, width)
+    v: Tensor                  # (kv_heads * head_dim, width)
+    o: Tensor                  # (width, width)
+    w1: Tensor                 # (ff, width)
+    w2: Tensor                 # (width, ff)
+    w3: Tensor | None          # (ff, width)
+    norm1: Tensor | None       # (width,)
+    norm2: Tensor | None       # (width,)
+    q_norm: Tensor | None      # (head_dim,)
+    k_norm: Tensor | None      # (head_dim,)
     keys: Tensor
     values: Tensor
 
-def decode_step_reference(x: Tensor, layers: list[DecodeLayer], num_heads: int, past: int, cos_sin: tuple | None = None, half: bool = False, norm: str = "pre",
-                          eps: float = 1e-5, mask: Tensor | None = None, last_norm: Tensor | None = None) -> Tensor:
+# %% ../../nbs/kernels/decode.ipynb #1c8a60e5
+def _attention_reference(x, layer, num_heads, past, cos_sin, half, eps, mask):
+    (batch, width), (_, kv_heads, _, d) = x.shape, layer.keys.shape
+    q = (x @ layer.q.T).view(batch, num_heads, d)
+    k, v = (x @ layer.k.T).view(batch, kv_heads, d), (x @ layer.v.T).view(batch, kv_heads, d)
+    if layer.q_norm is not None:
+        q, k = rms_norm_reference(q, layer.q_norm, eps), rms_norm_reference(k, layer.k_norm, eps)
+    if cos_sin is not None:
+        cos, sin = (t.unsqueeze(-2) for t in cos_sin)                         # (rows, 1, d/2)
+        q, k = (rotary_reference(t.unsqueeze(1), cos, sin, half).squeeze(1) for t in (q, k))
+    layer.keys[:, :, past], layer.values[:, :, past] = k, v
+    keys, values = layer.keys[:, :, :past + 1], layer.values[:, :, :past + 1]
+    keys, values = (t.repeat_interleave(num_heads // kv_heads, 1) for t in (keys, values))
+    mask = None if mask is None else mask[:, None, None]                      # (batch, 1, 1, past+1)
+    mixed = F.scaled_dot_product_attention(q.unsqueeze(2), keys, values, mask)
+    return mixed.reshape(batch, width) @ layer.o.T
+
+def _feed_forward_reference(x, layer):
+    y = F.silu(x @ layer.w1.T)                                                # (batch, ff)
+    if layer.w3 is not None: y = y * (x @ layer.w3.T)
+    return y @ layer.w2.T
+
+def decode_step_reference(x: Tensor, layers: list[DecodeLayer], num_heads: int, past: int,
+                          cos_sin: tuple | None = None, half: bool = False, norm: str = "pre",
+                          eps: float = 1e-5, mask: Tensor | None = None,
+                          last_norm: Tensor | None = None) -> Tensor:
     "The definition of `decode_step`."
-    batch, width = x.shape
     for layer in layers:
-        split = lambda t: t.view(batch, -1, width // num_heads)
         y = rms_norm_reference(x, layer.norm1, eps) if norm == "pre" else x
-        q, k, v = split(y @ layer.q.T), split(y @ layer.k.T), split(y @ layer.v.T)
-        if layer.q_norm is not None: q, k = rms_norm_reference(q, layer.q_norm, eps), rms_norm_reference(k, layer.k_norm, eps)
-        if cos_sin is not None: q, k = (rotary_reference(t.unsqueeze(1), *(c.unsqueeze(-2) for c in cos_sin), half).squeeze(1) for t in (q, k))
-        layer.keys[:, :, past], layer.values[:, :, past] = k, v
-        keys, values = (t[:, :, :past + 1].repeat_interleave(num_heads // t.shape[1], 1) for t in (layer.keys, layer.values))
-        mixed = F.scaled_dot_product_attention(q.unsqueeze(2), keys, values, None if mask is None else mask[:, None, None])
-        x = x + mixed.reshape(batch, width) @ layer.o.T
+        x = x + _attention_reference(y, layer, num_heads, past, cos_sin, half, eps, mask)
         if norm == "post": x = rms_norm_reference(x, layer.norm1, eps)
         y = rms_norm_reference(x, layer.norm2, eps) if norm == "pre" else x
-        y = F.silu(y @ layer.w1.T) * (y @ layer.w3.T if layer.w3 is not None else 1)
-        x = x + y @ layer.w2.T
+        x = x + _feed_forward_reference(y, layer)
         if norm == "post": x = rms_norm_reference(x, layer.norm2, eps)
     return x if last_norm is None else rms_norm_reference(x, last_norm, eps)
 
 # %% ../../nbs/kernels/decode.ipynb #e6f8a99b
-DECODE_C = r"""
+_HEAD_C = r"""
 #ifdef __clang__
 #pragma STDC FP_CONTRACT ON
 #else
-#pragma GCC optimize("fp-contract=fast")   // sums of products by fused multiply-add
+#pragma GCC optimize("fp-contract=fast")
 #ifdef __AVX512F__
 #pragma GCC target("prefer-vector-width=512")
 #endif
@@ -76,9 +92,13 @@ DECODE_C = r"""
 typedef float vec __attribute__((vector_size(BYTES), aligned(4), may_alias));
 enum { N = BYTES / 4 };
 #define INLINE static inline __attribute__((always_inline))
+"""
+
+# %% ../../nbs/kernels/decode.ipynb #3e05d8a1
+_SUM_C = r"""
 typedef float vec8 __attribute__((vector_size(32)));
 typedef float vec4 __attribute__((vector_size(16)));
-INLINE float sum_of(vec v) {   // halves added until four numbers are left
+INLINE float sum_of(vec v) {
   vec8 a; vec4 b, c;
 #ifdef __AVX512F__
   vec8 a2; memcpy(&a, &v, 32); memcpy(&a2, (char *)&v + 32, 32); a += a2;
@@ -88,32 +108,38 @@ INLINE float sum_of(vec v) {   // halves added until four numbers are left
   memcpy(&b, &a, 16); memcpy(&c, (char *)&a + 16, 16); b += c;
   return (b[0] + b[2]) + (b[1] + b[3]);
 }
+"""
 
+# %% ../../nbs/kernels/decode.ipynb #a94d7c06
+_SIXTEEN_SUMS_C = r"""
 #if defined(__AVX512F__) && defined(__has_builtin)
 #if __has_builtin(__builtin_shufflevector)
 #define SIXTEEN_SUMS
-// Sixteen sums at once: halves of two vectors are added crosswise, four times; lane i of the result is the sum of s[i], added in the order of sum_of.
+#define PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 INLINE vec sums_of(vec *s) {
   #pragma GCC unroll 8
   for (int i = 0; i < 8; i++)
-    s[i] = __builtin_shufflevector(s[i], s[i + 8], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23)
-         + __builtin_shufflevector(s[i], s[i + 8], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    s[i] = PICK(s[i], s[i + 8], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23)
+         + PICK(s[i], s[i + 8], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
   #pragma GCC unroll 4
   for (int i = 0; i < 4; i++)
-    s[i] = __builtin_shufflevector(s[i], s[i + 4], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27)
-         + __builtin_shufflevector(s[i], s[i + 4], 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
+    s[i] = PICK(s[i], s[i + 4], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27)
+         + PICK(s[i], s[i + 4], 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
   #pragma GCC unroll 2
   for (int i = 0; i < 2; i++)
-    s[i] = __builtin_shufflevector(s[i], s[i + 2], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29)
-         + __builtin_shufflevector(s[i], s[i + 2], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-  return __builtin_shufflevector(s[0], s[1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30)
-       + __builtin_shufflevector(s[0], s[1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
+    s[i] = PICK(s[i], s[i + 2], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29)
+         + PICK(s[i], s[i + 2], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+  return PICK(s[0], s[1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30)
+       + PICK(s[0], s[1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
 }
 #endif
 #endif
+"""
 
-// y[c * ldy + r] = sum_k w[r * K + k] * x[c * ldx + k] for R rows of w and C vectors x; two rows of K numbers at `fetch` (0: none) are brought nearer meanwhile
-INLINE void tile(const float *w, const float *x, int64_t ldx, float *y, int64_t ldy, int64_t K, const int R, const int C, const float *fetch) {
+# %% ../../nbs/kernels/decode.ipynb #5d97f1b0
+_TILE_C = r"""
+INLINE void tile(const float *w, const float *x, int64_t ldx, float *y, int64_t ldy, int64_t K,
+                 const int R, const int C, const float *fetch) {
   vec sum[4][4];
   #pragma GCC unroll 4
   for (int r = 0; r < R; r++)
@@ -132,8 +158,12 @@ INLINE void tile(const float *w, const float *x, int64_t ldx, float *y, int64_t 
       for (int c = 0; c < C; c++) sum[r][c] += ws * xs[c];
     }
   }
+"""
+
+# %% ../../nbs/kernels/decode.ipynb #e85b30d7
+_TILE_SUMS_C = r"""
 #ifdef SIXTEEN_SUMS
-  if (R == 4 && C == 4) {   // one at a time they would take as long as the products
+  if (R == 4 && C == 4) {
     float totals[16];
     *(vec *)totals = sums_of(&sum[0][0]);
     for (int r = 0; r < 4; r++) for (int c = 0; c < 4; c++) {
@@ -148,15 +178,22 @@ INLINE void tile(const float *w, const float *x, int64_t ldx, float *y, int64_t 
   for (int r = 0; r < R; r++)
     #pragma GCC unroll 4
     for (int c = 0; c < C; c++) {
-    float total = sum_of(sum[r][c]);
-    for (int64_t j = k; j < K; j++) total += w[r * K + j] * x[c * ldx + j];
-    y[c * ldy + r] = total;
-  }
+      float total = sum_of(sum[r][c]);
+      for (int64_t j = k; j < K; j++) total += w[r * K + j] * x[c * ldx + j];
+      y[c * ldy + r] = total;
+    }
 }
-#define TILES(C, FETCH) { int64_t r = 0; for (; r + 4 <= rows; r += 4) tile(w + r * K, x + c * ldx, ldx, y + c * ldy + r, ldy, K, 4, C, FETCH); \
-                          for (; r < rows; r++) tile(w + r * K, x + c * ldx, ldx, y + c * ldy + r, ldy, K, 1, C, 0); }
-// y (count, ldy) = x (count, ldx) times the transpose of w (rows, K). A batch goes through w in blocks that stay in the cache; while it works on one, the next is fetched.
-static void product(const float *all, const float *x, int64_t ldx, float *out, int64_t ldy, int64_t all_rows, int64_t K, int64_t count) {
+"""
+
+# %% ../../nbs/kernels/decode.ipynb #2a60c4f8
+_PRODUCT_C = r"""
+#define TILE(R, C, FETCH) tile(w + r * K, x + c * ldx, ldx, y + c * ldy + r, ldy, K, R, C, FETCH)
+#define TILES(C, FETCH) { \
+  int64_t r = 0; \
+  for (; r + 4 <= rows; r += 4) TILE(4, C, FETCH); \
+  for (; r < rows; r++) TILE(1, C, 0); }
+static void product(const float *all, const float *x, int64_t ldx, float *out, int64_t ldy,
+                    int64_t all_rows, int64_t K, int64_t count) {
   int64_t block = count > 4 ? 16384 / (4 * K) / 4 * 4 : all_rows;
   if (block < 4) block = 4;
   for (int64_t from = 0; from < all_rows; from += block) {
@@ -173,7 +210,10 @@ static void product(const float *all, const float *x, int64_t ldx, float *out, i
     for (; c < count; c++) TILES(1, 0)
   }
 }
-// scores[s] = keys[s] . q for S keys of d numbers
+"""
+
+# %% ../../nbs/kernels/decode.ipynb #07fd9e62
+_SCORE_C = r"""
 static void score(const float *keys, const float *q, float *scores, int64_t S, int64_t d) {
   int64_t from = 0;
 #ifdef SIXTEEN_SUMS
@@ -192,7 +232,11 @@ static void score(const float *keys, const float *q, float *scores, int64_t S, i
 #endif
   product(keys + from * d, q, d, scores + from, S, S - from, d, 1);
 }
-INLINE float exp_(float x) {   // for x <= 0; relative error below 2e-7
+"""
+
+# %% ../../nbs/kernels/decode.ipynb #9bc81e50
+_EXP_C = r"""
+INLINE float exp_(float x) {
   const float c = x > -87.f ? x : -87.f;
   const float n = rintf(c * 1.44269504088896341f);
   const float r = (c - n * 0.693359375f) + n * 2.12194440e-4f;
@@ -203,10 +247,14 @@ INLINE float exp_(float x) {   // for x <= 0; relative error below 2e-7
   float two; memcpy(&two, &bits, 4);
   return p * two;
 }
-INLINE float silu_(float x) {   // e^-|x| never overflows; NaN stays NaN through the product
+INLINE float silu_(float x) {
   const float e = exp_(x > 0 ? -x : x);
   return x * ((x > 0 ? 1.f : e) / (1.f + e));
 }
+"""
+
+# %% ../../nbs/kernels/decode.ipynb #c17a92e4
+_NORM_C = r"""
 static void norm(const float *x, const float *w, float *y, int64_t rows, int64_t D, float eps) {
   for (int64_t n = 0; n < rows; n++) {
     float square = 0;
@@ -217,116 +265,203 @@ static void norm(const float *x, const float *w, float *y, int64_t rows, int64_t
     for (int64_t d = 0; d < D; d++) y[n * D + d] = x[n * D + d] * r * w[d];
   }
 }
-static void turn(float *x, const float *c, const float *s, int64_t heads, int64_t half, int apart) {
+static void rotate(float *x, const float *c, const float *s, int64_t heads, int64_t half, int halves) {
   for (int64_t h = 0; h < heads; h++) for (int64_t i = 0; i < half; i++) {
-    float *a = x + h * 2 * half + (apart ? i : 2 * i), *b = a + (apart ? half : 1);
+    float *a = x + h * 2 * half + (halves ? i : 2 * i), *b = a + (halves ? half : 1);
     const float u = *a * c[i] - *b * s[i], v = *a * s[i] + *b * c[i];
     *a = u; *b = v;
   }
 }
-enum { Q, K_, V, O, W1, W2, W3, NORM1, NORM2, QNORM, KNORM, KEYS, VALUES, POINTERS };
+"""
 
-// x (B, D) in and out. turns (turn_rows 0: none, 1: one for all, B: one per row; half). norms: 0 none, 1 pre, 2 post.
-void decode_step(float *x, float *const *pointers, int64_t L, int64_t B, int64_t D, int64_t H, int64_t G, int64_t FF, int64_t past, int64_t capacity,
-                 const float *cosine, const float *sine, int64_t turn_rows, int64_t apart, int64_t norms, float eps, const uint8_t *mask, int64_t mask_stride,
-                 const float *last, float *scratch) {
-  const int64_t d = D / H, kv = G * d, group = H / G, S = past + 1;
-  float *y = scratch, *q = y + B * D, *k = q + B * D, *v = k + B * kv, *mixed = v + B * kv, *h1 = mixed + B * D, *h3 = h1 + B * FF, *scores = h3 + B * FF;
-  const float scale = 1.f / sqrtf((float)d);
-  for (int64_t l = 0; l < L; l++) {
-    float *const *p = pointers + l * POINTERS;
-    const float *in = x;
-    if (norms == 1) { norm(x, p[NORM1], y, B, D, eps); in = y; }
-    product(p[Q], in, D, q, D, D, D, B);
-    product(p[K_], in, D, k, kv, kv, D, B);
-    product(p[V], in, D, v, kv, kv, D, B);
-    if (p[QNORM]) { norm(q, p[QNORM], q, B * H, d, eps); norm(k, p[KNORM], k, B * G, d, eps); }
-    for (int64_t b = 0; b < B; b++) {
-      if (turn_rows) {
-        const int64_t t = (turn_rows > 1 ? b : 0) * (d / 2);
-        turn(q + b * D, cosine + t, sine + t, H, d / 2, apart);
-        turn(k + b * kv, cosine + t, sine + t, G, d / 2, apart);
+# %% ../../nbs/kernels/decode.ipynb #14be7d9a
+_MIX_C = r"""
+static void mix(const float *values, const float *s, float total, float *out, int64_t S, int64_t d) {
+  int64_t c = 0;
+  for (; c + 2 * N <= d; c += 2 * N) {
+    vec one[4] = {{0}}, two[4] = {{0}};
+    int64_t i = 0;
+    for (; i + 4 <= S; i += 4)
+      #pragma GCC unroll 4
+      for (int u = 0; u < 4; u++) {
+        one[u] += *(const vec *)(values + (i + u) * d + c) * s[i + u];
+        two[u] += *(const vec *)(values + (i + u) * d + c + N) * s[i + u];
       }
-      for (int64_t g = 0; g < G; g++) {
-        float *keys = p[KEYS] + (b * G + g) * capacity * d, *values = p[VALUES] + (b * G + g) * capacity * d;
-        memcpy(keys + past * d, k + b * kv + g * d, d * 4);
-        memcpy(values + past * d, v + b * kv + g * d, d * 4);
-        for (int64_t j = 0; j < group; j++) {
-          float *s = scores, top = -INFINITY, total = 0;
-          score(keys, q + b * D + (g * group + j) * d, s, S, d);
-          if (mask) for (int64_t i = 0; i < S; i++) if (!mask[b * mask_stride + i]) s[i] = -INFINITY;
-          #pragma omp simd reduction(max:top)
-          for (int64_t i = 0; i < S; i++) top = s[i] > top ? s[i] : top;
-          #pragma omp simd reduction(+:total)
-          for (int64_t i = 0; i < S; i++) { const float e = s[i] == -INFINITY ? 0.f : exp_((s[i] - top) * scale); s[i] = e; total += e; }
-          float *out = mixed + b * D + (g * group + j) * d;
-          int64_t c = 0;
-          for (; c + 2 * N <= d; c += 2 * N) {     // a slice of the channels at a time stays in registers
-            vec one[4] = {{0}}, two[4] = {{0}};     // and four sums each, so that none waits for the last addition
-            int64_t i = 0;
-            for (; i + 4 <= S; i += 4)
-              #pragma GCC unroll 4
-              for (int u = 0; u < 4; u++) {
-                one[u] += *(const vec *)(values + (i + u) * d + c) * s[i + u];
-                two[u] += *(const vec *)(values + (i + u) * d + c + N) * s[i + u];
-              }
-            for (; i < S; i++) { one[0] += *(const vec *)(values + i * d + c) * s[i]; two[0] += *(const vec *)(values + i * d + c + N) * s[i]; }
-            *(vec *)(out + c) = (one[0] + one[1] + (one[2] + one[3])) / total;
-            *(vec *)(out + c + N) = (two[0] + two[1] + (two[2] + two[3])) / total;
-          }
-          for (; c < d; c++) { float sum = 0; for (int64_t i = 0; i < S; i++) sum += values[i * d + c] * s[i]; out[c] = sum / total; }
-        }
-      }
+    for (; i < S; i++) {
+      one[0] += *(const vec *)(values + i * d + c) * s[i];
+      two[0] += *(const vec *)(values + i * d + c + N) * s[i];
     }
-    product(p[O], mixed, D, y, D, D, D, B);
-    #pragma omp simd
-    for (int64_t i = 0; i < B * D; i++) x[i] += y[i];
-    if (norms == 2) norm(x, p[NORM1], x, B, D, eps);
-    in = x;
-    if (norms == 1) { norm(x, p[NORM2], y, B, D, eps); in = y; }
-    product(p[W1], in, D, h1, FF, FF, D, B);
-    if (p[W3]) {
-      product(p[W3], in, D, h3, FF, FF, D, B);
-      #pragma omp simd
-      for (int64_t i = 0; i < B * FF; i++) h1[i] = silu_(h1[i]) * h3[i];
-    } else {
-      #pragma omp simd
-      for (int64_t i = 0; i < B * FF; i++) h1[i] = silu_(h1[i]);
-    }
-    product(p[W2], h1, FF, y, D, D, FF, B);
-    #pragma omp simd
-    for (int64_t i = 0; i < B * D; i++) x[i] += y[i];
-    if (norms == 2) norm(x, p[NORM2], x, B, D, eps);
+    *(vec *)(out + c) = (one[0] + one[1] + (one[2] + one[3])) / total;
+    *(vec *)(out + c + N) = (two[0] + two[1] + (two[2] + two[3])) / total;
   }
-  if (last) norm(x, last, x, B, D, eps);
+  for (; c < d; c++) {
+    float sum = 0;
+    for (int64_t i = 0; i < S; i++) sum += values[i * d + c] * s[i];
+    out[c] = sum / total;
+  }
 }
 """
 
-_NORMS = {"none": 0, "pre": 1, "post": 2}
+# %% ../../nbs/kernels/decode.ipynb #2fd80e6a
+_ATTEND_C = r"""
+static void attend(const float *keys, const float *values, const float *q, const uint8_t *mask,
+                   float *s, float *out, int64_t S, int64_t d) {
+  const float scale = 1.f / sqrtf((float)d);
+  float largest = -INFINITY, total = 0;
+  score(keys, q, s, S, d);
+  if (mask) for (int64_t i = 0; i < S; i++) if (!mask[i]) s[i] = -INFINITY;
+  #pragma omp simd reduction(max:largest)
+  for (int64_t i = 0; i < S; i++) largest = s[i] > largest ? s[i] : largest;
+  #pragma omp simd reduction(+:total)
+  for (int64_t i = 0; i < S; i++) {
+    const float e = s[i] == -INFINITY ? 0.f : exp_((s[i] - largest) * scale);
+    s[i] = e;
+    total += e;
+  }
+  mix(values, s, total, out, S, d);
+}
+"""
 
+# %% ../../nbs/kernels/decode.ipynb #73e9b0d4
+_GATE_C = r"""
+static void gate(float *a, const float *b, int64_t count) {
+  if (b) {
+    #pragma omp simd
+    for (int64_t i = 0; i < count; i++) a[i] = silu_(a[i]) * b[i];
+  } else {
+    #pragma omp simd
+    for (int64_t i = 0; i < count; i++) a[i] = silu_(a[i]);
+  }
+}
+static void add(float *x, const float *y, int64_t count) {
+  #pragma omp simd
+  for (int64_t i = 0; i < count; i++) x[i] += y[i];
+}
+"""
+
+# %% ../../nbs/kernels/decode.ipynb #0d6fb3e8
+_STEP_TYPES_C = r"""
+enum { Q, K_, V, O, W1, W2, W3, NORM1, NORM2, QNORM, KNORM, KEYS, VALUES, POINTERS };
+typedef struct {
+  int64_t B, D, H, G, d, FF, past, capacity;
+  const float *cosine, *sine;
+  int64_t tables, halves;
+  const uint8_t *mask;
+  int64_t mask_stride;
+  float eps;
+  float *y, *q, *k, *v, *mixed, *h1, *h3, *scores;
+} step;
+"""
+
+# %% ../../nbs/kernels/decode.ipynb #b4d163f9
+_ATTENTION_C = r"""
+static void attention_of_row(const step *t, float *const *p, int64_t b) {
+  const int64_t d = t->d, G = t->G, group = t->H / G;
+  float *q = t->q + b * t->D, *k = t->k + b * G * d, *v = t->v + b * G * d;
+  if (t->tables) {
+    const int64_t row = (t->tables > 1 ? b : 0) * (d / 2);
+    rotate(q, t->cosine + row, t->sine + row, t->H, d / 2, t->halves);
+    rotate(k, t->cosine + row, t->sine + row, G, d / 2, t->halves);
+  }
+  const uint8_t *mask = t->mask ? t->mask + b * t->mask_stride : 0;
+  for (int64_t g = 0; g < G; g++) {
+    float *keys = p[KEYS] + (b * G + g) * t->capacity * d;
+    float *values = p[VALUES] + (b * G + g) * t->capacity * d;
+    memcpy(keys + t->past * d, k + g * d, d * sizeof(float));
+    memcpy(values + t->past * d, v + g * d, d * sizeof(float));
+    for (int64_t h = g * group; h < (g + 1) * group; h++)
+      attend(keys, values, q + h * d, mask, t->scores, t->mixed + b * t->D + h * d, t->past + 1, d);
+  }
+}
+static void attention(const step *t, float *const *p, const float *in) {
+  const int64_t B = t->B, D = t->D, kv = t->G * t->d;
+  product(p[Q], in, D, t->q, D, D, D, B);
+  product(p[K_], in, D, t->k, kv, kv, D, B);
+  product(p[V], in, D, t->v, kv, kv, D, B);
+  if (p[QNORM]) {
+    norm(t->q, p[QNORM], t->q, B * t->H, t->d, t->eps);
+    norm(t->k, p[KNORM], t->k, B * t->G, t->d, t->eps);
+  }
+  for (int64_t b = 0; b < B; b++) attention_of_row(t, p, b);
+  product(p[O], t->mixed, D, t->y, D, D, D, B);
+}
+"""
+
+# %% ../../nbs/kernels/decode.ipynb #68f5a1cd
+_LAYERS_C = r"""
+static void feed_forward(const step *t, float *const *p, const float *in) {
+  product(p[W1], in, t->D, t->h1, t->FF, t->FF, t->D, t->B);
+  if (p[W3]) product(p[W3], in, t->D, t->h3, t->FF, t->FF, t->D, t->B);
+  gate(t->h1, p[W3] ? t->h3 : 0, t->B * t->FF);
+  product(p[W2], t->h1, t->FF, t->y, t->D, t->D, t->FF, t->B);
+}
+static void layer(const step *t, float *x, float *const *p, int64_t norms) {
+  const int64_t B = t->B, D = t->D;
+  if (norms == 1) norm(x, p[NORM1], t->y, B, D, t->eps);
+  attention(t, p, norms == 1 ? t->y : x);
+  add(x, t->y, B * D);
+  if (norms == 2) norm(x, p[NORM1], x, B, D, t->eps);
+  if (norms == 1) norm(x, p[NORM2], t->y, B, D, t->eps);
+  feed_forward(t, p, norms == 1 ? t->y : x);
+  add(x, t->y, B * D);
+  if (norms == 2) norm(x, p[NORM2], x, B, D, t->eps);
+}
+// x (B, D) in and out
+void decode_step(float *x, float *const *pointers, int64_t L, int64_t B, int64_t D, int64_t H,
+                 int64_t G, int64_t FF, int64_t past, int64_t capacity,
+                 const float *cosine, const float *sine, int64_t tables, int64_t halves,
+                 int64_t norms, float eps, const uint8_t *mask, int64_t mask_stride,
+                 const float *last, float *scratch) {
+  step t = {B, D, H, G, D / H, FF, past, capacity, cosine, sine, tables, halves, mask, mask_stride, eps};
+  const int64_t kv = G * t.d;
+  t.y = scratch; t.q = t.y + B * D; t.k = t.q + B * D; t.v = t.k + B * kv; t.mixed = t.v + B * kv;
+  t.h1 = t.mixed + B * D; t.h3 = t.h1 + B * FF; t.scores = t.h3 + B * FF;
+  for (int64_t l = 0; l < L; l++) layer(&t, x, pointers + l * POINTERS, norms);
+  if (last) norm(x, last, x, B, D, eps);
+}
+"""
+_PRODUCTS_C = _HEAD_C + _SUM_C + _SIXTEEN_SUMS_C + _TILE_C + _TILE_SUMS_C + _PRODUCT_C + _SCORE_C
+_ROWS_C = _EXP_C + _NORM_C + _MIX_C + _ATTEND_C + _GATE_C
+DECODE_C = _PRODUCTS_C + _ROWS_C + _STEP_TYPES_C + _ATTENTION_C + _LAYERS_C
+
+# %% ../../nbs/kernels/decode.ipynb #51d8e6a2
 def can_decode_step() -> bool:
     "Whether the C path is there: a compiler was found and torch.compile is not tracing."
     return not torch.compiler.is_compiling() and load_c(DECODE_C, "decode") is not None
 
-def decode_step(x: Tensor, layers: list[DecodeLayer], num_heads: int, past: int, cos_sin: tuple | None = None, half: bool = False, norm: str = "pre",
-                eps: float = 1e-5, mask: Tensor | None = None, last_norm: Tensor | None = None) -> Tensor:
-    """All `layers` for one new token per row: `x (batch, width)` → the same shape; keys and values are written at column `past`.
+# %% ../../nbs/kernels/decode.ipynb #94d7ea18
+_NORMS = {"none": 0, "pre": 1, "post": 2}
 
-    `turns`: cosines and sines `(batch or 1, head_dim/2)` for each row's position, or none; `half` as for `rotary`; `norm`: "pre", "post" or "none";
-    `mask (batch, past+1)`: True = visible; `last_norm (width,)`: gains of an RMSNorm after the last layer. float32 tensors on a CPU, contiguous, without gradients, run in C; others by the definition."""
-    if x.dtype != torch.float32 or x.device.type != "cpu" or not can_decode_step():
-        return decode_step_reference(x, layers, num_heads, past, cos_sin, half, norm, eps, mask, last_norm)
-    x = x.clone()
+def _decode_step_c(x, layers, num_heads, past, cos_sin, half, norm, eps, mask, last_norm):
+    x, first = x.clone(), layers[0]
     batch, width = x.shape
-    first = layers[0]
     kv_heads, capacity, ff = first.keys.shape[1], first.keys.shape[2], first.w1.shape[0]
-    addresses = (ctypes.c_void_p * (13 * len(layers)))(*[None if t is None else t.data_ptr() for layer in layers for t in layer])
+    addresses = [None if t is None else t.data_ptr() for layer in layers for t in layer]
+    addresses = (ctypes.c_void_p * len(addresses))(*addresses)
     cos, sin = (t.contiguous() for t in cos_sin) if cos_sin is not None else (None, None)
+    tables = 0 if cos is None else cos.shape[0]
     if mask is not None: mask = mask.contiguous()
-    scratch = torch.empty(batch * (3 * width + 2 * kv_heads * width // num_heads + 2 * ff) + past + 1)
+    kv_width = kv_heads * width // num_heads
+    scratch = torch.empty(batch * (3 * width + 2 * kv_width + 2 * ff) + past + 1)
     size = ctypes.c_int64
+    sizes = [size(n) for n in (len(layers), batch, width, num_heads, kv_heads, ff, past, capacity)]
     load_c(DECODE_C, "decode").decode_step(
-        pointer(x), addresses, size(len(layers)), size(batch), size(width), size(num_heads), size(kv_heads), size(ff), size(past), size(capacity), pointer(cos), pointer(sin),
-        size(0 if cos is None else cos.shape[0]), size(half), size(_NORMS[norm]), ctypes.c_float(eps), pointer(mask), size(past + 1),
+        pointer(x), addresses, *sizes, pointer(cos), pointer(sin), size(tables), size(half),
+        size(_NORMS[norm]), ctypes.c_float(eps), pointer(mask), size(past + 1),
         pointer(last_norm), pointer(scratch))
     return x
+
+def decode_step(x: Tensor, layers: list[DecodeLayer], num_heads: int, past: int,
+                cos_sin: tuple | None = None, half: bool = False, norm: str = "pre",
+                eps: float = 1e-5, mask: Tensor | None = None,
+                last_norm: Tensor | None = None) -> Tensor:
+    """All `layers` for one new token per row: `x (batch, width)` → the same shape; keys and values
+    are written at column `past`.
+
+    `cos_sin`: cosines and sines `(batch or 1, head_dim/2)` for each row's position, or none;
+    `half` as for `rotary`; `norm`: "pre", "post" or "none"; `mask (batch, past+1)`: True =
+    visible; `last_norm (width,)`: gains of an RMSNorm after the last layer. float32 tensors on a
+    CPU, contiguous, without gradients, run in C; others by the definition."""
+    in_c = x.dtype == torch.float32 and x.device.type == "cpu" and can_decode_step()
+    step = _decode_step_c if in_c else decode_step_reference
+    return step(x, layers, num_heads, past, cos_sin, half, norm, eps, mask, last_norm)

@@ -15,22 +15,29 @@ from torch import Tensor
 from .build import load_c, pointer, split_rows
 
 # %% ../../nbs/kernels/elementwise.ipynb #17de1e34
+def _wide(x: Tensor) -> Tensor:
+    "`x` in float32 at least."
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
     "The definition of `rms_norm`, in float32 at least."
-    wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
-    return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.to(wide.dtype)
+    x = _wide(x)
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.to(x.dtype)
 
+# %% ../../nbs/kernels/elementwise.ipynb #e1b94d27
 def swiglu_reference(a: Tensor, b: Tensor) -> Tensor:
     "The definition of `swiglu`."
     return F.silu(a) * b
 
+# %% ../../nbs/kernels/elementwise.ipynb #a84e60c9
 def rotary_reference(x: Tensor, cos: Tensor, sin: Tensor, half: bool = False) -> Tensor:
-    "The definition of `rotary`: `x (..., length, heads, d)` with `cos` and `sin` `(..., length, d/2)`."
-    wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
-    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
+    """The definition of `rotary`: `x (..., length, heads, d)` with `cos` and `sin` `(..., length,
+    d/2)`."""
+    wide = _wide(x)
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)         # (..., length, 1, d/2)
     a, b = wide.chunk(2, -1) if half else wide.unflatten(-1, (-1, 2)).unbind(-1)
-    turned = a * cos - b * sin, a * sin + b * cos
-    return (torch.cat(turned, -1) if half else torch.stack(turned, -1).flatten(-2)).to(x.dtype)
+    rotated = a * cos - b * sin, a * sin + b * cos          # each (..., length, heads, d/2)
+    return (torch.cat(rotated, -1) if half else torch.stack(rotated, -1).flatten(-2)).to(x.dtype)
 
 # %% ../../nbs/kernels/elementwise.ipynb #5cb4a335
 _HEAD_C = r"""
@@ -40,35 +47,47 @@ _HEAD_C = r"""
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
-#ifdef __FP_FAST_FMAF
-#define FMA(a, b, c) __builtin_fmaf(a, b, c)
-#else
-#define FMA(a, b, c) ((a) * (b) + (c))
-#endif
 typedef uint16_t bf16;
 static inline float up_f(float v) { return v; }
 static inline float down_f(float v) { return v; }
-static inline float up_b(bf16 v) { const uint32_t u = (uint32_t)v << 16; float f; memcpy(&f, &u, 4); return f; }
+static inline float up_b(bf16 v) {
+  const uint32_t u = (uint32_t)v << 16;
+  float f; memcpy(&f, &u, 4);
+  return f;
+}
 static inline bf16 down_b(float f) {
   uint32_t u; memcpy(&u, &f, 4);
   const uint32_t rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16, nan = (u >> 16) | 0x40;
   return (bf16)((u & 0x7fffffff) > 0x7f800000 ? nan : rounded);
 }
-static inline float sigmoid_(float x) {   // relative error below 3e-7; saturates. A NaN gives a number: what it is multiplied with keeps the NaN
+"""
+
+# %% ../../nbs/kernels/elementwise.ipynb #8e94d2b5
+_SIGMOID_C = r"""
+#ifdef __FP_FAST_FMAF
+#define FMA(a, b, c) __builtin_fmaf(a, b, c)
+#else
+#define FMA(a, b, c) ((a) * (b) + (c))
+#endif
+static inline float sigmoid_(float x) {
   float c = -x < 87.f ? -x : 87.f;
   c = c > -87.f ? c : -87.f;
   const float n = rintf(c * 1.44269504088896341f);
   const float r = FMA(n, 2.12194440e-4f, FMA(n, -0.693359375f, c));
   float p = 1.9875691500e-4f;
-  p = FMA(p, r, 1.3981999507e-3f); p = FMA(p, r, 8.3334519073e-3f); p = FMA(p, r, 4.1665795894e-2f);
-  p = FMA(p, r, 1.6666665459e-1f); p = FMA(p, r, 5.0000001201e-1f); p = FMA(p * r, r, r + 1.f);
+  p = FMA(p, r, 1.3981999507e-3f); p = FMA(p, r, 8.3334519073e-3f);
+  p = FMA(p, r, 4.1665795894e-2f); p = FMA(p, r, 1.6666665459e-1f);
+  p = FMA(p, r, 5.0000001201e-1f); p = FMA(p * r, r, r + 1.f);
   const int32_t bits = ((int32_t)n + 127) << 23;
   float two; memcpy(&two, &bits, 4);
   return 1.f / FMA(p, two, 1.f);
 }
 """
+
+# %% ../../nbs/kernels/elementwise.ipynb #b93a50e4
 _NORM_C = r"""
-void rms_norm_forward_XY(const TX *restrict x, const float *restrict w, TY *restrict y, float *restrict rstd, float eps, int64_t D, int64_t from, int64_t to) {
+void rms_norm_forward_XY(const TX *restrict x, const float *restrict w, TY *restrict y,
+                         float *restrict rstd, float eps, int64_t D, int64_t from, int64_t to) {
   for (int64_t n = from; n < to; n++) {
     const TX *xn = x + n * D;
     float square = 0;
@@ -80,27 +99,40 @@ void rms_norm_forward_XY(const TX *restrict x, const float *restrict w, TY *rest
     rstd[n] = r;
   }
 }
-void rms_norm_backward_XY(const TX *restrict x, const float *restrict w, const float *restrict rstd, const TY *restrict dy, TX *restrict dx, float *restrict dw,
-                          int64_t D, int64_t from, int64_t to) {
+void rms_norm_backward_XY(const TX *restrict x, const float *restrict w,
+                          const float *restrict rstd, const TY *restrict dy, TX *restrict dx,
+                          float *restrict dw, int64_t D, int64_t from, int64_t to) {
   for (int64_t n = from; n < to; n++) {
     const TX *xn = x + n * D;
     const TY *gn = dy + n * D;
     const float r = rstd[n];
     float dot = 0;
     #pragma omp simd reduction(+:dot)
-    for (int64_t d = 0; d < D; d++) { const float t = up_Y(gn[d]) * up_X(xn[d]); dw[d] += t * r; dot += t * w[d]; }
-    const float pull = r * r * r * dot / (float)D;
+    for (int64_t d = 0; d < D; d++) {
+      const float t = up_Y(gn[d]) * up_X(xn[d]);
+      dw[d] += t * r;
+      dot += t * w[d];
+    }
+    const float mean = r * r * r * dot / (float)D;
     #pragma omp simd
-    for (int64_t d = 0; d < D; d++) dx[n * D + d] = down_X(r * up_Y(gn[d]) * w[d] - pull * up_X(xn[d]));
+    for (int64_t d = 0; d < D; d++)
+      dx[n * D + d] = down_X(r * up_Y(gn[d]) * w[d] - mean * up_X(xn[d]));
   }
 }
 """
-_GATE_C = r"""
-void swiglu_forward_X(const TX *restrict a, const TX *restrict b, TX *restrict y, int64_t from, int64_t to) {
+
+# %% ../../nbs/kernels/elementwise.ipynb #2ba7f193
+_SWIGLU_C = r"""
+void swiglu_forward_X(const TX *restrict a, const TX *restrict b, TX *restrict y,
+                      int64_t from, int64_t to) {
   #pragma omp simd
-  for (int64_t i = from; i < to; i++) { const float v = up_X(a[i]); y[i] = down_X(v * sigmoid_(v) * up_X(b[i])); }
+  for (int64_t i = from; i < to; i++) {
+    const float v = up_X(a[i]);
+    y[i] = down_X(v * sigmoid_(v) * up_X(b[i]));
+  }
 }
-void swiglu_backward_X(const TX *restrict a, const TX *restrict b, const TX *restrict dy, TX *restrict da, TX *restrict db, int64_t from, int64_t to) {
+void swiglu_backward_X(const TX *restrict a, const TX *restrict b, const TX *restrict dy,
+                       TX *restrict da, TX *restrict db, int64_t from, int64_t to) {
   #pragma omp simd
   for (int64_t i = from; i < to; i++) {
     const float v = up_X(a[i]), g = up_X(dy[i]), s = sigmoid_(v), silu = v * s;
@@ -109,48 +141,69 @@ void swiglu_backward_X(const TX *restrict a, const TX *restrict b, const TX *res
   }
 }
 """
-_TURN_C = r"""
-// x and y by their strides (batch, position, head); tables (tables, half): position p of all uses row p modulo tables. sign -1 turns back.
-void rotary_X(const TX *restrict x, TX *restrict y, const float *restrict cosine, const float *restrict sine, float sign, int64_t length, int64_t heads, int64_t half,
-              int64_t tables, int64_t sb, int64_t st, int64_t sh, int64_t yb, int64_t yt, int64_t yh, int64_t apart, int64_t from, int64_t to) {
+
+# %% ../../nbs/kernels/elementwise.ipynb #d07e91b6
+_ROTARY_C = r"""
+void rotary_X(const TX *restrict x, TX *restrict y,
+              const float *restrict cosine, const float *restrict sine, float sign,
+              int64_t length, int64_t heads, int64_t half, int64_t tables,
+              int64_t sb, int64_t st, int64_t sh, int64_t yb, int64_t yt, int64_t yh,
+              int64_t halves, int64_t from, int64_t to) {
   for (int64_t p = from; p < to; p++) {
-    const float *restrict c = cosine + (p % tables) * half, *restrict s = sine + (p % tables) * half;
+    const float *restrict c = cosine + (p % tables) * half;
+    const float *restrict s = sine + (p % tables) * half;
     for (int64_t h = 0; h < heads; h++) {
       const TX *restrict xn = x + (p / length) * sb + (p % length) * st + h * sh;
       TX *restrict yn = y + (p / length) * yb + (p % length) * yt + h * yh;
-      if (apart) {
+      if (halves) {
         #pragma omp simd
         for (int64_t i = 0; i < half; i++) {
           const float a = up_X(xn[i]), b = up_X(xn[i + half]), k = sign * s[i];
-          yn[i] = down_X(a * c[i] - b * k); yn[i + half] = down_X(a * k + b * c[i]);
+          yn[i] = down_X(a * c[i] - b * k);
+          yn[i + half] = down_X(a * k + b * c[i]);
         }
       } else {
         #pragma omp simd
         for (int64_t i = 0; i < half; i++) {
           const float a = up_X(xn[2 * i]), b = up_X(xn[2 * i + 1]), k = sign * s[i];
-          yn[2 * i] = down_X(a * c[i] - b * k); yn[2 * i + 1] = down_X(a * k + b * c[i]);
+          yn[2 * i] = down_X(a * c[i] - b * k);
+          yn[2 * i + 1] = down_X(a * k + b * c[i]);
         }
       }
     }
   }
 }
 """
+
+# %% ../../nbs/kernels/elementwise.ipynb #6a1d8e07
 _C_TYPES = {"f": "float", "b": "bf16"}
+_suffixes = {torch.float32: "f", torch.bfloat16: "b"}
 
 def _typed(source: str, x: str, y: str = "f") -> str:
-    "A loop for one choice of types; suffixes name them: f is float32, b is bfloat16."
-    for old, new in (("_XY", f"_{x}{y}"), ("TX", _C_TYPES[x]), ("TY", _C_TYPES[y]), ("_X(", f"_{x}("), ("_Y(", f"_{y}(")): source = source.replace(old, new)
+    "A loop for one choice of types."
+    names = {"_XY": f"_{x}{y}", "_X(": f"_{x}(", "_Y(": f"_{y}(",
+             "TX": _C_TYPES[x], "TY": _C_TYPES[y]}
+    for placeholder, name in names.items(): source = source.replace(placeholder, name)
     return source
 
-ELEMENTWISE_C = _HEAD_C + "".join(_typed(_NORM_C, x, y) for x, y in ("ff", "fb", "bb", "bf")) + "".join(_typed(_GATE_C + _TURN_C, x) for x in "fb")
+_norms = [_typed(_NORM_C, x, y) for x, y in ("ff", "fb", "bb", "bf")]
+_others = [_typed(_SWIGLU_C + _ROTARY_C, x) for x in "fb"]
+ELEMENTWISE_C = "".join((_HEAD_C, _SIGMOID_C, *_norms, *_others))
 
-_letters = {torch.float32: "f", torch.bfloat16: "b"}
+# %% ../../nbs/kernels/elementwise.ipynb #b6e08f51
 _int, _float = ctypes.c_int64, ctypes.c_float
 
-def _library(*tensors: Tensor) -> ctypes.CDLL | None:
-    "The compiled kernels when they can run on these tensors: CPU, float32 or bfloat16, not inside torch.compile, and a compiler was found."
-    if torch.compiler.is_compiling() or any(t.device.type != "cpu" or t.dtype not in _letters for t in tensors): return None
-    return load_c(ELEMENTWISE_C, "elementwise")
+def _function(name: str, *dtypes: torch.dtype):
+    "The compiled loop `name` for these types."
+    suffix = "".join(_suffixes[dtype] for dtype in dtypes)
+    return getattr(load_c(ELEMENTWISE_C, "elementwise"), f"{name}_{suffix}")
+
+def _can_run(*tensors: Tensor) -> bool:
+    """Whether the compiled kernels run on these tensors: CPU, float32 or bfloat16, not inside
+    torch.compile, and a compiler was found."""
+    if torch.compiler.is_compiling(): return False
+    if any(t.device.type != "cpu" or t.dtype not in _suffixes for t in tensors): return False
+    return load_c(ELEMENTWISE_C, "elementwise") is not None
 
 # %% ../../nbs/kernels/elementwise.ipynb #cc5ade93
 class _RMSNormC(torch.autograd.Function):
@@ -158,8 +211,10 @@ class _RMSNormC(torch.autograd.Function):
     def forward(ctx, x, weight, eps, dtype):
         x, w, width = x.contiguous(), weight.float().contiguous(), x.shape[-1]
         y, rstd = torch.empty(x.shape, dtype=dtype), torch.empty(x.shape[:-1])
-        run = getattr(load_c(ELEMENTWISE_C, "elementwise"), f"rms_norm_forward_{_letters[x.dtype]}{_letters[dtype]}")
-        split_rows(lambda a, b: run(pointer(x), pointer(w), pointer(y), pointer(rstd), _float(eps), _int(width), _int(a), _int(b)), rstd.numel(), x.numel())
+        run = _function("rms_norm_forward", x.dtype, dtype)
+        tensors = [pointer(t) for t in (x, w, y, rstd)]
+        def part(start, stop): run(*tensors, _float(eps), _int(width), _int(start), _int(stop))
+        split_rows(part, rstd.numel(), x.numel())
         ctx.save_for_backward(x, weight, rstd)
         return y
 
@@ -167,18 +222,23 @@ class _RMSNormC(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         x, weight, rstd = ctx.saved_tensors
-        dy, w, width, dx, parts = dy.contiguous(), weight.float().contiguous(), x.shape[-1], torch.empty_like(x), []
-        run = getattr(load_c(ELEMENTWISE_C, "elementwise"), f"rms_norm_backward_{_letters[x.dtype]}{_letters[dy.dtype]}")
-        def part(a, b):
+        dy, w, width = dy.contiguous(), weight.float().contiguous(), x.shape[-1]
+        dx, parts = torch.empty_like(x), []
+        run = _function("rms_norm_backward", x.dtype, dy.dtype)
+        tensors = [pointer(t) for t in (x, w, rstd, dy, dx)]
+        def part(start, stop):
             parts.append(dw := torch.zeros(width))
-            run(pointer(x), pointer(w), pointer(rstd), pointer(dy), pointer(dx), pointer(dw), _int(width), _int(a), _int(b))
+            run(*tensors, pointer(dw), _int(width), _int(start), _int(stop))
         split_rows(part, rstd.numel(), x.numel())
-        return dx, (parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)).to(weight.dtype), None, None
+        dw = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+        return dx, dw.to(weight.dtype), None, None
 
+# %% ../../nbs/kernels/elementwise.ipynb #0fe5c7a1
 class _RMSNormTorch(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps):
-        rstd = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        rstd = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, rstd)
         return (x * rstd).mul_(weight)
 
@@ -186,19 +246,27 @@ class _RMSNormTorch(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         x, weight, rstd = ctx.saved_tensors
-        width = x.shape[-1]
-        dx, dw, _ = torch.ops.aten.native_layer_norm_backward(dy.contiguous(), x, (width,), torch.zeros_like(rstd), rstd, weight, None, (True, True, False))
-        return dx.addcmul_(rstd, dy.reshape(-1, width).mv(weight / width).view(rstd.shape)), dw, None
+        width, zero_mean = x.shape[-1], torch.zeros_like(rstd)
+        dx, dw, _ = torch.ops.aten.native_layer_norm_backward(
+            dy.contiguous(), x, (width,), zero_mean, rstd, weight, None, (True, True, False))
+        surplus = dy.reshape(-1, width).mv(weight / width).view(rstd.shape)
+        return dx.addcmul_(rstd, surplus), dw, None
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5, dtype: torch.dtype | None = None) -> Tensor:
-    """RMSNorm of `x (..., d)` with `weight (d,)`, computed in float32 (float64 stays float64) and given in `dtype`, by default `x`'s
-    (Zhang and Sennrich, 2019, equation 4). Any empty `x` is itself."""
+# %% ../../nbs/kernels/elementwise.ipynb #e4a73b08
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5,
+             dtype: torch.dtype | None = None) -> Tensor:
+    """RMSNorm of `x (..., d)` with `weight (d,)`, computed in float32 (float64 stays float64) and
+    given in `dtype`, by default `x`'s (Zhang and Sennrich, 2019, equation 4). Any empty `x` is
+    itself."""
     dtype = dtype or x.dtype
+    with_grad = torch.is_grad_enabled()
+    large = with_grad or x.numel() > 10_000    # a few numbers without gradient are faster in torch
     if x.device.type == "cpu" and x.numel() and not torch.compiler.is_compiling():
-        if x.dtype in _letters and dtype in _letters and (torch.is_grad_enabled() or x.numel() > 10_000) and load_c(ELEMENTWISE_C, "elementwise") is not None:
-            return _RMSNormC.apply(x, weight, eps, dtype)   # a few numbers that need no gradient are faster in torch
-        if x.dtype in (torch.float32, torch.float64) and torch.is_grad_enabled(): return _RMSNormTorch.apply(x.contiguous(), weight.to(x.dtype), eps).to(dtype)
-    wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
+        if large and dtype in _suffixes and _can_run(x):
+            return _RMSNormC.apply(x, weight, eps, dtype)
+        if with_grad and x.dtype in (torch.float32, torch.float64):
+            return _RMSNormTorch.apply(x.contiguous(), weight.to(x.dtype), eps).to(dtype)
+    wide = _wide(x)
     return F.rms_norm(wide, weight.shape, weight.to(wide.dtype), eps).to(dtype)
 
 # %% ../../nbs/kernels/elementwise.ipynb #d82a72a5
@@ -207,8 +275,8 @@ class _SwiGLUC(torch.autograd.Function):
     def forward(ctx, a, b):
         a, b = a.contiguous(), b.contiguous()
         y = torch.empty_like(a)
-        run = getattr(load_c(ELEMENTWISE_C, "elementwise"), f"swiglu_forward_{_letters[a.dtype]}")
-        split_rows(lambda i, j: run(pointer(a), pointer(b), pointer(y), _int(i), _int(j)), a.numel(), 4 * a.numel())
+        run, tensors = _function("swiglu_forward", a.dtype), [pointer(t) for t in (a, b, y)]
+        split_rows(lambda i, j: run(*tensors, _int(i), _int(j)), a.numel(), 4 * a.numel())
         ctx.save_for_backward(a, b)
         return y
 
@@ -217,24 +285,30 @@ class _SwiGLUC(torch.autograd.Function):
     def backward(ctx, dy):
         a, b = ctx.saved_tensors
         dy, da, db = dy.contiguous(), torch.empty_like(a), torch.empty_like(b)
-        run = getattr(load_c(ELEMENTWISE_C, "elementwise"), f"swiglu_backward_{_letters[a.dtype]}")
-        split_rows(lambda i, j: run(pointer(a), pointer(b), pointer(dy), pointer(da), pointer(db), _int(i), _int(j)), a.numel(), 4 * a.numel())
+        run = _function("swiglu_backward", a.dtype)
+        tensors = [pointer(t) for t in (a, b, dy, da, db)]
+        split_rows(lambda i, j: run(*tensors, _int(i), _int(j)), a.numel(), 4 * a.numel())
         return da, db
 
 def swiglu(a: Tensor, b: Tensor) -> Tensor:
     "`silu(a) ⊙ b` of two tensors of one shape and dtype (Shazeer, 2020, section 2)."
-    if a.dtype == b.dtype and (torch.is_grad_enabled() or a.numel() > 10_000) and a.numel() and _library(a, b) is not None: return _SwiGLUC.apply(a, b)
+    large = torch.is_grad_enabled() and a.numel() > 0 or a.numel() > 10_000
+    if large and a.dtype == b.dtype and _can_run(a, b): return _SwiGLUC.apply(a, b)
     return swiglu_reference(a, b)
 
 # %% ../../nbs/kernels/elementwise.ipynb #19255a98
-def _turn_c(x, cos, sin, half, sign, order=(0, 1, 2, 3)):
-    "Turns `x (batch, length, heads, d)`. The result has the memory layout of the dimensions in `order`."
+def _rotate_c(x, cos, sin, half, sign, order=(0, 1, 2, 3)):
+    """Rotates `x (batch, length, heads, d)`. The result has the memory layout of the dimensions in
+    `order`."""
     if x.stride(-1) != 1: x = x.contiguous()
     batch, length, heads, width = x.shape
     y = torch.empty_permuted(x.shape, order, dtype=x.dtype)
-    run = getattr(load_c(ELEMENTWISE_C, "elementwise"), f"rotary_{_letters[x.dtype]}")
-    sizes = [_int(i) for i in (length, heads, width // 2, cos.numel() // (width // 2), *x.stride()[:3], *y.stride()[:3], half)]
-    split_rows(lambda a, b: run(pointer(x), pointer(y), pointer(cos), pointer(sin), _float(sign), *sizes, _int(a), _int(b)), batch * length, x.numel())
+    run, tensors = _function("rotary", x.dtype), [pointer(t) for t in (x, y, cos, sin)]
+    tables = cos.numel() // (width // 2)
+    sizes = (length, heads, width // 2, tables, *x.stride()[:3], *y.stride()[:3], half)
+    sizes = [_int(size) for size in sizes]
+    def part(start, stop): run(*tensors, _float(sign), *sizes, _int(start), _int(stop))
+    split_rows(part, batch * length, x.numel())
     return y
 
 class _RotaryC(torch.autograd.Function):
@@ -242,15 +316,18 @@ class _RotaryC(torch.autograd.Function):
     def forward(ctx, x, cos, sin, half):
         ctx.save_for_backward(cos, sin)
         ctx.half = half
-        return _turn_c(x, cos, sin, half, 1.0, (0, 2, 1, 3))   # head by head in memory, as attention reads it
+        return _rotate_c(x, cos, sin, half, 1.0, (0, 2, 1, 3))   # by head, as attention reads it
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dy): return _turn_c(dy, *ctx.saved_tensors, ctx.half, -1.0), None, None, None
+    def backward(ctx, dy):
+        return _rotate_c(dy, *ctx.saved_tensors, ctx.half, -1.0), None, None, None
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, half: bool = False) -> Tensor:
-    """Pairs of channels of `x (..., length, heads, d)` turned by the angles whose `cos` and `sin` are `(length, d/2)`, or `(batch, length, d/2)` for
-    `x (batch, length, heads, d)` (Su et al., 2021, equation 34). `half`: pairs are d/2 apart instead of neighbours. Computed in float32 at least."""
-    if x.dim() == 4 and x.numel() and x.dtype in _letters and cos.dtype == torch.float32 and _library(x, cos, sin) is not None:
+    """Pairs of channels of `x (..., length, heads, d)` rotated by the angles whose `cos` and `sin`
+    are `(length, d/2)`, or `(batch, length, d/2)` for `x (batch, length, heads, d)` (Su et al.,
+    2021, equation 34). `half`: pairs are d/2 apart instead of neighbours. Computed in float32 at
+    least."""
+    if x.dim() == 4 and x.numel() and cos.dtype == torch.float32 and _can_run(x, cos, sin):
         return _RotaryC.apply(x, cos.contiguous(), sin.contiguous(), half)
     return rotary_reference(x, cos, sin, half)

@@ -23,7 +23,8 @@ except ImportError:
     def jit(function): return function
 
 # %% ../../nbs/kernels/scan.ipynb #d6adfb05
-def scan_reference(f: Tensor, i: Tensor, h0: Tensor | None = None, reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def scan_reference(f: Tensor, i: Tensor, h0: Tensor | None = None,
+                   reset: Tensor | None = None) -> tuple[Tensor, Tensor]:
     "The definition of `gated_scan`: a loop over time, differentiated by autograd."
     h, states = h0, []
     for t, (ft, it) in enumerate(zip(f.unbind(1), i.unbind(1))):
@@ -32,8 +33,8 @@ def scan_reference(f: Tensor, i: Tensor, h0: Tensor | None = None, reset: Tensor
         states.append(h)
     return torch.stack(states, 1), h
 
-# %% ../../nbs/kernels/scan.ipynb #d42695d4
-SCAN_C = r"""
+# %% ../../nbs/kernels/scan.ipynb #2f6a90d1
+_VECTOR_C = r"""
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -58,142 +59,185 @@ SCAN_C = r"""
 #define MUL _mm256_mul_ps
 #define ZERO _mm256_setzero_ps
 #endif
+"""
+
+# %% ../../nbs/kernels/scan.ipynb #d42695d4
+_FORWARD_C = r"""
 // f, i, h: [batch][T][D]; h0: [batch][D] or null; reset: [batch][T] or null; rows from .. to of the batch
-void scan_forward(const float *restrict f, const float *restrict i, const float *h0, const uint8_t *reset, float *restrict h,
+void scan_forward(const float *restrict f, const float *restrict i, const float *h0,
+                  const uint8_t *reset, float *restrict h,
                   int64_t T, int64_t D, int64_t from, int64_t to) {
   for (int64_t b = from; b < to; b++) {
-    const float *before = h0 ? h0 + b * D : 0;
+    const float *previous = h0 ? h0 + b * D : 0;
     for (int64_t t = 0; t < T; t++) {
-      const int64_t at = (b * T + t) * D;
-      const float *ft = f + at, *it = i + at;
-      float *ht = h + at;
-      if (reset && reset[b * T + t]) before = 0;
-      if (before) {
+      const int64_t offset = (b * T + t) * D;
+      const float *ft = f + offset, *it = i + offset;
+      float *ht = h + offset;
+      if (reset && reset[b * T + t]) previous = 0;
+      if (previous) {
         #pragma omp simd
-        for (int64_t d = 0; d < D; d++) ht[d] = ft[d] * before[d] + it[d];
+        for (int64_t d = 0; d < D; d++) ht[d] = ft[d] * previous[d] + it[d];
       } else memcpy(ht, it, D * sizeof(float));
-      before = ht;
-    }
-  }
-}
-#ifdef LANES
-// One row of the batch. What is written is larger than the caches: it goes past them, and is not read before it is overwritten. carry: f[t+1] times the gradient at t+1, zeros in the beginning.
-static void backward_streaming(const float *restrict f, const float *restrict h, const float *h0, const uint8_t *reset, const float *restrict g,
-                               float *restrict df, float *restrict di, float *restrict carry, int64_t T, int64_t D) {
-  for (int64_t t = T - 1; t >= 0; t--) {
-    const float *gt = g + t * D, *ft = f + t * D, *before = t ? h + t * D - D : h0;
-    float *dit = di + t * D, *dft = df + t * D;
-    const int starts = reset && reset[t], keep = before && !starts;
-    for (int64_t d = 0; d < D; d += LANES) {
-      const VEC delta = ADD(LOAD(gt + d), LOAD(carry + d));
-      STREAM(dit + d, delta);
-      STREAM(dft + d, keep ? MUL(delta, LOAD(before + d)) : ZERO());
-      STORE(carry + d, starts ? ZERO() : MUL(LOAD(ft + d), delta));
-    }
-  }
-  _mm_sfence();
-}
-#endif
-void scan_backward(const float *restrict f, const float *restrict h, const float *h0, const uint8_t *reset, const float *restrict g,
-                   float *restrict df, float *restrict di, float *dh0, int64_t T, int64_t D, int64_t from, int64_t to, int64_t large) {
-#ifdef LANES
-  float *carry = large && D % LANES == 0 && ((uintptr_t)df | (uintptr_t)di) % (4 * LANES) == 0 ? malloc(D * sizeof(float)) : 0;
-  if (carry) {
-    for (int64_t b = from; b < to; b++) {
-      const int64_t at = b * T * D;
-      memset(carry, 0, D * sizeof(float));
-      backward_streaming(f + at, h + at, h0 ? h0 + b * D : 0, reset ? reset + b * T : 0, g + at, df + at, di + at, carry, T, D);
-      if (dh0) memcpy(dh0 + b * D, carry, D * sizeof(float));
-    }
-    free(carry);
-    return;
-  }
-#endif
-  for (int64_t b = from; b < to; b++) {
-    for (int64_t t = T - 1; t >= 0; t--) {
-      const int64_t at = (b * T + t) * D;
-      const float *gt = g + at;
-      float *delta = di + at, *dft = df + at;
-      if (t + 1 < T && !(reset && reset[b * T + t + 1])) {
-        const float *fn = f + at + D, *dn = di + at + D;
-        #pragma omp simd
-        for (int64_t d = 0; d < D; d++) delta[d] = gt[d] + fn[d] * dn[d];
-      } else memcpy(delta, gt, D * sizeof(float));
-      const float *before = t ? h + at - D : h0 ? h0 + b * D : 0;
-      if (before && !(reset && reset[b * T + t])) {
-        #pragma omp simd
-        for (int64_t d = 0; d < D; d++) dft[d] = delta[d] * before[d];
-      } else memset(dft, 0, D * sizeof(float));
-    }
-    if (dh0) {
-      const float *f0 = f + b * T * D, *d0 = di + b * T * D;
-      const float keep = reset && reset[b * T] ? 0.f : 1.f;
-      for (int64_t d = 0; d < D; d++) dh0[b * D + d] = keep ? f0[d] * d0[d] : 0.f;
+      previous = ht;
     }
   }
 }
 """
 
+# %% ../../nbs/kernels/scan.ipynb #71e3bd9c
+_BACKWARD_ROW_C = r"""
+static void backward_row(const float *restrict f, const float *restrict h, const float *h0,
+                         const uint8_t *reset, const float *restrict g,
+                         float *restrict df, float *restrict di, int64_t T, int64_t D) {
+  for (int64_t t = T - 1; t >= 0; t--) {
+    const float *gt = g + t * D;
+    float *delta = di + t * D, *dft = df + t * D;
+    if (t + 1 < T && !(reset && reset[t + 1])) {
+      const float *next_f = f + (t + 1) * D, *next_delta = di + (t + 1) * D;
+      #pragma omp simd
+      for (int64_t d = 0; d < D; d++) delta[d] = gt[d] + next_f[d] * next_delta[d];
+    } else memcpy(delta, gt, D * sizeof(float));
+    const float *previous = t ? h + (t - 1) * D : h0;
+    if (previous && !(reset && reset[t])) {
+      #pragma omp simd
+      for (int64_t d = 0; d < D; d++) dft[d] = delta[d] * previous[d];
+    } else memset(dft, 0, D * sizeof(float));
+  }
+}
+// f[0] times the gradient at the first step
+static void backward_start(const float *f, const float *di, const uint8_t *reset, float *dh0, int64_t D) {
+  const int keep = !(reset && reset[0]);
+  for (int64_t d = 0; d < D; d++) dh0[d] = keep ? f[d] * di[d] : 0.f;
+}
+"""
+
+# %% ../../nbs/kernels/scan.ipynb #e6d04b13
+_BACKWARD_STREAMING_C = r"""
+#ifdef LANES
+static void backward_streaming(const float *restrict f, const float *restrict h, const float *h0,
+                               const uint8_t *reset, const float *restrict g,
+                               float *restrict df, float *restrict di, float *restrict carry,
+                               int64_t T, int64_t D) {
+  memset(carry, 0, D * sizeof(float));
+  for (int64_t t = T - 1; t >= 0; t--) {
+    const float *gt = g + t * D, *ft = f + t * D, *previous = t ? h + t * D - D : h0;
+    float *dit = di + t * D, *dft = df + t * D;
+    const int starts = reset && reset[t], keep = previous && !starts;
+    for (int64_t d = 0; d < D; d += LANES) {
+      const VEC delta = ADD(LOAD(gt + d), LOAD(carry + d));
+      STREAM(dit + d, delta);
+      STREAM(dft + d, keep ? MUL(delta, LOAD(previous + d)) : ZERO());
+      STORE(carry + d, starts ? ZERO() : MUL(LOAD(ft + d), delta));
+    }
+  }
+  _mm_sfence();
+}
+// A row to carry in, where streaming pays and the rows are aligned for it; else null.
+static float *carried(const float *df, const float *di, int64_t D, int64_t large) {
+  if (!large || D % LANES || ((uintptr_t)df | (uintptr_t)di) % (4 * LANES)) return 0;
+  return malloc(D * sizeof(float));
+}
+#endif
+"""
+
+# %% ../../nbs/kernels/scan.ipynb #4ac5e810
+_BACKWARD_C = r"""
+void scan_backward(const float *restrict f, const float *restrict h, const float *h0,
+                   const uint8_t *reset, const float *restrict g,
+                   float *restrict df, float *restrict di, float *dh0,
+                   int64_t T, int64_t D, int64_t from, int64_t to, int64_t large) {
+  float *carry = 0;
+#ifdef LANES
+  carry = carried(df, di, D, large);
+#endif
+  for (int64_t b = from; b < to; b++) {
+    const int64_t row = b * T * D;
+    const float *start = h0 ? h0 + b * D : 0;
+    const uint8_t *resets = reset ? reset + b * T : 0;
+#ifdef LANES
+    if (carry) {
+      backward_streaming(f + row, h + row, start, resets, g + row, df + row, di + row, carry, T, D);
+      if (dh0) memcpy(dh0 + b * D, carry, D * sizeof(float));
+      continue;
+    }
+#endif
+    backward_row(f + row, h + row, start, resets, g + row, df + row, di + row, T, D);
+    if (dh0) backward_start(f + row, di + row, resets, dh0 + b * D, D);
+  }
+  free(carry);
+}
+"""
+SCAN_C = _VECTOR_C + _FORWARD_C + _BACKWARD_ROW_C + _BACKWARD_STREAMING_C + _BACKWARD_C
+
+# %% ../../nbs/kernels/scan.ipynb #1c8e6f04
+_int = ctypes.c_int64
+_LARGE = 2 ** 20   # numbers from which two gradients do not fit a core's cache anyway
+
 def _c_forward(f, i, h0, reset):
     library, (batch, length, width) = load_c(SCAN_C, "scan"), f.shape
     h = torch.empty_like(f)
+    tensors = [pointer(t) for t in (f, i, h0, reset, h)]
     def rows(start, stop):
-        library.scan_forward(pointer(f), pointer(i), pointer(h0), pointer(reset), pointer(h), *map(ctypes.c_int64, (length, width, start, stop)))
+        library.scan_forward(*tensors, _int(length), _int(width), _int(start), _int(stop))
     split_rows(rows, batch, f.numel())
     return h
-
-_LARGE = 2 ** 20   # numbers from which two gradients do not fit a core's cache anyway
 
 def _c_backward(f, h, h0, reset, g):
     library, (batch, length, width) = load_c(SCAN_C, "scan"), f.shape
     df, di, dh0 = torch.empty_like(f), torch.empty_like(f), None if h0 is None else torch.empty_like(h0)
+    tensors = [pointer(t) for t in (f, h, h0, reset, g, df, di, dh0)]
+    large = _int(f.numel() >= _LARGE)
     def rows(start, stop):
-        library.scan_backward(pointer(f), pointer(h), pointer(h0), pointer(reset), pointer(g), pointer(df), pointer(di), pointer(dh0),
-                              *map(ctypes.c_int64, (length, width, start, stop, f.numel() >= _LARGE)))
+        library.scan_backward(*tensors, _int(length), _int(width), _int(start), _int(stop), large)
     split_rows(rows, batch, f.numel())
     return df, di, dh0
 
 # %% ../../nbs/kernels/scan.ipynb #e997c1ce
 def _torch_forward(f, i, h0, reset):
-    h, before = torch.empty_like(f), h0
+    h, previous = torch.empty_like(f), h0
     for t, (ft, it, ht) in enumerate(zip(f.unbind(1), i.unbind(1), h.unbind(1))):
-        if before is not None and reset is not None: before = before.masked_fill(reset[:, t].bool().unsqueeze(-1), 0)
-        if before is None: ht.copy_(it)
-        else: torch.mul(ft, before, out=ht).add_(it)     # addcmul would round once instead of twice
-        before = ht
+        if previous is not None and reset is not None:
+            previous = previous.masked_fill(reset[:, t].bool().unsqueeze(-1), 0)
+        if previous is None: ht.copy_(it)
+        else: torch.mul(ft, previous, out=ht).add_(it)     # addcmul would round once instead of twice
+        previous = ht
     return h
 
 def _torch_backward(f, h, h0, reset, g):
-    if reset is not None: f = f.masked_fill(reset.bool().unsqueeze(-1), 0)
+    starts = None if reset is None else reset.bool().unsqueeze(-1)
+    if starts is not None: f = f.masked_fill(starts, 0)
     di, df = torch.empty_like(f), torch.empty_like(f)
-    after, fs, ds = None, f.unbind(1), di.unbind(1)
+    next_delta, fs, deltas = None, f.unbind(1), di.unbind(1)
     for t, gt in reversed(list(enumerate(g.unbind(1)))):
-        if after is None: ds[t].copy_(gt)
-        else: torch.mul(fs[t + 1], after, out=ds[t]).add_(gt)
-        after = ds[t]
+        if next_delta is None: deltas[t].copy_(gt)
+        else: torch.mul(fs[t + 1], next_delta, out=deltas[t]).add_(gt)
+        next_delta = deltas[t]
     torch.mul(di[:, 1:], h[:, :-1], out=df[:, 1:])
     df[:, 0] = 0 if h0 is None else di[:, 0] * h0
-    if reset is not None: df.masked_fill_(reset.bool().unsqueeze(-1), 0)   # also where the state before was not finite
+    if starts is not None: df.masked_fill_(starts, 0)   # also where the state before was not finite
     return df, di, None if h0 is None else f[:, 0] * di[:, 0]
 
 # %% ../../nbs/kernels/scan.ipynb #e40f5142
 @jit
-def _scan_kernel(f, i, h0, reset, h, T, D, CHUNK, HAS_H0: constexpr, HAS_RESET: constexpr, BLOCK: constexpr):
+def _scan_kernel(f, i, h0, reset, h, T, D, CHUNK,
+                 HAS_H0: constexpr, HAS_RESET: constexpr, BLOCK: constexpr):
     d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     c, b, chunks = tl.program_id(1), tl.program_id(2).to(tl.int64), tl.num_programs(1)
     inside = d < D
     state = tl.zeros((BLOCK,), tl.float32)
     if HAS_H0: state = tl.load(h0 + (b * chunks + c) * D + d, mask=inside, other=0.0)
     for t in range(c * CHUNK, tl.minimum((c + 1) * CHUNK, T)):
-        at = (b * T + t) * D + d
-        it = tl.load(i + at, mask=inside, other=0.0).to(tl.float32)
-        new = tl.load(f + at, mask=inside, other=0.0).to(tl.float32) * state + it
+        offset = (b * T + t) * D + d
+        it = tl.load(i + offset, mask=inside, other=0.0).to(tl.float32)
+        new = tl.load(f + offset, mask=inside, other=0.0).to(tl.float32) * state + it
         if HAS_RESET: new = tl.where(tl.load(reset + b * T + t) != 0, it, new)
         state = new
-        tl.store(h + at, state, mask=inside)
+        tl.store(h + offset, state, mask=inside)
 
+# %% ../../nbs/kernels/scan.ipynb #b70c4e92
 @jit
-def _backward_kernel(f, h, h0, reset, g, u, df, di, du, T, D, CHUNK, HAS_H0: constexpr, HAS_RESET: constexpr, BLOCK: constexpr):
+def _backward_kernel(f, h, h0, reset, g, u, df, di, du, T, D, CHUNK,
+                     HAS_H0: constexpr, HAS_RESET: constexpr, BLOCK: constexpr):
     d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     c, b, chunks = tl.program_id(1), tl.program_id(2).to(tl.int64), tl.num_programs(1)
     inside = d < D
@@ -201,21 +245,23 @@ def _backward_kernel(f, h, h0, reset, g, u, df, di, du, T, D, CHUNK, HAS_H0: con
     stop = tl.minimum((c + 1) * CHUNK, T)
     for k in range(c * CHUNK, stop):
         t = stop - 1 - (k - c * CHUNK)
-        at = (b * T + t) * D + d
-        delta = tl.load(g + at, mask=inside, other=0.0).to(tl.float32) + carry
-        ft = tl.load(f + at, mask=inside, other=0.0).to(tl.float32)
-        before = tl.load(h + at - D, mask=inside & (d + t * D >= D), other=0.0)
-        if HAS_H0: before += tl.load(h0 + b * D + d, mask=inside & (d + t * D < D), other=0.0)
-        dft, carry = delta * before, ft * delta
+        offset = (b * T + t) * D + d
+        delta = tl.load(g + offset, mask=inside, other=0.0).to(tl.float32) + carry
+        ft = tl.load(f + offset, mask=inside, other=0.0).to(tl.float32)
+        previous = tl.load(h + offset - D, mask=inside & (d + t * D >= D), other=0.0)
+        if HAS_H0: previous += tl.load(h0 + b * D + d, mask=inside & (d + t * D < D), other=0.0)
+        dft, carry = delta * previous, ft * delta
         if HAS_RESET:
             starts = tl.load(reset + b * T + t) != 0
             dft, carry = tl.where(starts, 0.0, dft), tl.where(starts, 0.0, carry)
-        tl.store(di + at, delta, mask=inside)
-        tl.store(df + at, dft, mask=inside)
+        tl.store(di + offset, delta, mask=inside)
+        tl.store(df + offset, dft, mask=inside)
     tl.store(du + (b * chunks + c) * D + d, carry, mask=inside)
 
+# %% ../../nbs/kernels/scan.ipynb #39d8c7f5
 @jit
-def _chunk_kernel(f, i, reset, A, E, T, D, CHUNK, REVERSE: constexpr, HAS_RESET: constexpr, BLOCK: constexpr):
+def _chunk_kernel(f, i, reset, A, E, T, D, CHUNK,
+                  REVERSE: constexpr, HAS_RESET: constexpr, BLOCK: constexpr):
     d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     c, b, chunks = tl.program_id(1), tl.program_id(2).to(tl.int64), tl.num_programs(1)
     inside = d < D
@@ -224,9 +270,9 @@ def _chunk_kernel(f, i, reset, A, E, T, D, CHUNK, REVERSE: constexpr, HAS_RESET:
     for k in range(c * CHUNK, stop):
         t = k
         if REVERSE: t = stop - 1 - (k - c * CHUNK)
-        at = (b * T + t) * D + d
-        ft = tl.load(f + at, mask=inside, other=0.0).to(tl.float32)
-        it = tl.load(i + at, mask=inside, other=0.0).to(tl.float32)
+        offset = (b * T + t) * D + d
+        ft = tl.load(f + offset, mask=inside, other=0.0).to(tl.float32)
+        it = tl.load(i + offset, mask=inside, other=0.0).to(tl.float32)
         if HAS_RESET: ft = tl.where(tl.load(reset + b * T + t) != 0, 0.0, ft)
         if REVERSE: state = ft * (state + it)
         else: state = ft * state + it
@@ -236,41 +282,51 @@ def _chunk_kernel(f, i, reset, A, E, T, D, CHUNK, REVERSE: constexpr, HAS_RESET:
 
 # %% ../../nbs/kernels/scan.ipynb #c3dd9fdb
 def _chunking(batch: int, length: int, width: int, device) -> tuple[int, int, int]:
-    "(channels per program, chunk length, number of chunks): enough programs for the device, chunks of at least 64 steps."
+    """(channels per program, chunk length, number of chunks): enough programs, chunks of at least
+    64 steps."""
     block = min(128, triton.next_power_of_2(width))
     programs = batch * triton.cdiv(width, block)
-    wanted = 4 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    on_gpu = device.type == "cuda"
+    wanted = 4 * torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 4
     chunks = max(1, min(length // 64, triton.cdiv(wanted, programs)))
-    if device.type != "cuda": chunks = min(chunks, 3)
+    if not on_gpu: chunks = min(chunks, 3)
     chunk = triton.cdiv(length, chunks)
     return block, chunk, triton.cdiv(length, chunk)
 
-def _carried(f, i, h0, reset, block, chunk, chunks, reverse):
+def _chunk_states(f, i, h0, reset, block, chunk, chunks, reverse):
     "The state that enters every chunk, `(batch, chunks, width)`."
     batch, length, width = f.shape
     A, E = (torch.empty(batch, chunks, width, device=f.device) for _ in range(2))
-    _chunk_kernel[(triton.cdiv(width, block), chunks, batch)](f, i, f if reset is None else reset, A, E, length, width, chunk, reverse, reset is not None, block, num_warps=4)
+    grid = triton.cdiv(width, block), chunks, batch
+    _chunk_kernel[grid](f, i, f if reset is None else reset, A, E, length, width, chunk,
+                        reverse, reset is not None, block, num_warps=4)
     if reverse: A, E = A.flip(1), E.flip(1)
     start = torch.zeros_like(A[:, :1]) if h0 is None else h0.unsqueeze(1)
-    if chunks > 1: start = torch.cat((start, _triton_forward(A[:, :-1].contiguous(), E[:, :-1].contiguous(), start[:, 0].contiguous(), None)), 1)
+    if chunks > 1:
+        inner = [t.contiguous() for t in (A[:, :-1], E[:, :-1], start[:, 0])]
+        start = torch.cat((start, _triton_forward(*inner, None)), 1)
     return (start.flip(1) if reverse else start).contiguous()
 
+# %% ../../nbs/kernels/scan.ipynb #54a9d3c0
 def _triton_forward(f, i, h0, reset):
     batch, length, width = f.shape
     block, chunk, chunks = _chunking(*f.shape, f.device)
-    h = torch.empty(f.shape, device=f.device)
-    start = h0 if chunks == 1 else _carried(f, i, h0, reset, block, chunk, chunks, False)
-    _scan_kernel[(triton.cdiv(width, block), chunks, batch)](f, i, f if start is None else start, f if reset is None else reset, h, length, width, chunk,
-                                                             start is not None, reset is not None, block, num_warps=4)
+    h, start = torch.empty(f.shape, device=f.device), h0
+    if chunks > 1: start = _chunk_states(f, i, h0, reset, block, chunk, chunks, False)
+    grid = triton.cdiv(width, block), chunks, batch
+    _scan_kernel[grid](f, i, f if start is None else start, f if reset is None else reset, h,
+                       length, width, chunk, start is not None, reset is not None, block, num_warps=4)
     return h
 
 def _triton_backward(f, h, h0, reset, g):
     batch, length, width = f.shape
     block, chunk, chunks = _chunking(*f.shape, f.device)
-    u = torch.zeros(batch, 1, width, device=f.device) if chunks == 1 else _carried(f, g, None, reset, block, chunk, chunks, True)
+    if chunks == 1: u = torch.zeros(batch, 1, width, device=f.device)
+    else: u = _chunk_states(f, g, None, reset, block, chunk, chunks, True)
     df, di, du = torch.empty_like(h), torch.empty_like(h), torch.empty_like(u)
-    _backward_kernel[(triton.cdiv(width, block), chunks, batch)](f, h, f if h0 is None else h0, f if reset is None else reset, g, u, df, di, du, length, width, chunk,
-                                                                 h0 is not None, reset is not None, block, num_warps=4)
+    grid = triton.cdiv(width, block), chunks, batch
+    _backward_kernel[grid](f, h, f if h0 is None else h0, f if reset is None else reset, g, u, df, di, du,
+                           length, width, chunk, h0 is not None, reset is not None, block, num_warps=4)
     return df, di, None if h0 is None else du[:, 0]
 
 # %% ../../nbs/kernels/scan.ipynb #6c29d4de
@@ -285,12 +341,14 @@ def _scan_forward(f: Tensor, i: Tensor, h0: Tensor | None, reset: Tensor | None,
 def _(f, i, h0, reset, backend): return torch.empty_like(f)
 
 @custom_op("scan_backward")
-def _scan_backward(f: Tensor, h: Tensor, h0: Tensor | None, reset: Tensor | None, g: Tensor, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+def _scan_backward(f: Tensor, h: Tensor, h0: Tensor | None, reset: Tensor | None, g: Tensor,
+                   backend: str) -> tuple[Tensor, Tensor, Tensor]:
     df, di, dh0 = _backward[backend](f, h, h0, reset, g)
     return df, di, f.new_empty(0) if dh0 is None else dh0
 
 @_scan_backward.register_fake
-def _(f, h, h0, reset, g, backend): return torch.empty_like(f), torch.empty_like(f), f.new_empty(0) if h0 is None else torch.empty_like(h0)
+def _(f, h, h0, reset, g, backend):
+    return torch.empty_like(f), torch.empty_like(f), torch.empty_like(f.new_empty(0) if h0 is None else h0)
 
 class _Scan(torch.autograd.Function):
     @staticmethod
@@ -308,50 +366,70 @@ class _Scan(torch.autograd.Function):
         return df, di, None if h0 is None else dh0, None, None
 
 # %% ../../nbs/kernels/scan.ipynb #600a9a8f
-def gated_scan(f: Tensor, i: Tensor, h0: Tensor | None = None, reset: Tensor | None = None, backend: str = "auto") -> tuple[Tensor, Tensor]:
-    """$h_t = f_t ⊙ h_{t-1} + i_t$ for `f`, `i` `(batch, T, D)`; returns all states `(batch, T, D)` and the last one `(batch, D)`.
+def _one_step(f, i, h0, reset):
+    if h0 is None: return i
+    if reset is not None: h0 = h0.masked_fill(reset.bool(), 0)
+    return (f[:, 0] * h0 + i[:, 0]).unsqueeze(1)
 
-    `h0 (batch, D)`: the state before the first step, by default zero. `reset (batch, T)`, boolean: where true the state starts anew, $h_t = i_t$.
-    States are float32 for half-precision inputs, float64 for float64. (HGRN: Qin, Yang, Zhong, 2023, equation 4.)"""
-    if f.shape != i.shape or f.dim() != 3: raise ValueError(f"f and i must have one shape (batch, T, D); they have {tuple(f.shape)} and {tuple(i.shape)}")
+def gated_scan(f: Tensor, i: Tensor, h0: Tensor | None = None, reset: Tensor | None = None,
+               backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """$h_t = f_t ⊙ h_{t-1} + i_t$ for `f`, `i` `(batch, T, D)`; returns all states `(batch, T, D)`
+    and the last one `(batch, D)`.
+
+    `h0 (batch, D)`: the state before the first step, by default zero. `reset (batch, T)`, boolean:
+    where true the state starts anew, $h_t = i_t$. States are float32 for half-precision inputs,
+    float64 for float64. (HGRN: Qin, Yang, Zhong, 2023, equation 4.)"""
+    if f.shape != i.shape or f.dim() != 3:
+        shapes = f"{tuple(f.shape)} and {tuple(i.shape)}"
+        raise ValueError(f"f and i must have one shape (batch, T, D); they have {shapes}")
     if f.shape[1] == 0: return i, i.new_zeros(i.shape[0], i.shape[2]) if h0 is None else h0
     backend = choose_backend(backend, f, SCAN_C, "scan")
     if backend == "reference":
         if f.dtype != torch.float64: f, i, h0 = f.float(), i.float(), None if h0 is None else h0.float()
         return scan_reference(f, i, h0, reset)
-    f, i, h0 = f.float().contiguous(), i.float().contiguous(), None if h0 is None else h0.float().contiguous()
+    f, i = f.float().contiguous(), i.float().contiguous()
+    if h0 is not None: h0 = h0.float().contiguous()
     if reset is not None: reset = reset.to(torch.uint8).contiguous()
-    if f.shape[1] == 1 and not f.requires_grad and not i.requires_grad and backend != "triton":   # one step of decoding
-        if h0 is not None and reset is not None: h0 = h0.masked_fill(reset.bool(), 0)
-        h = i if h0 is None else (f[:, 0] * h0 + i[:, 0]).unsqueeze(1)
+    one_step = f.shape[1] == 1 and not (f.requires_grad or i.requires_grad)
+    if one_step and backend != "triton": h = _one_step(f, i, h0, reset)
     else: h = _Scan.apply(f, i, h0, reset, backend)
     return h, h[:, -1]
 
 # %% ../../nbs/kernels/scan.ipynb #592057c7
-def dechunk_scan(z: Tensor, p: Tensor, e0: Tensor | None = None, reset: Tensor | None = None, backend: str = "auto") -> tuple[Tensor, Tensor]:
-    """$e_j = p_j z_j + (1 - p_j) e_{j-1}$ for `z (batch, M, D)` and `p (batch, M)`: all states and the last one, as `gated_scan` gives them.
-    `e0 (batch, D)`: the state before; `reset (batch, M)`: where true, $e_j = p_j z_j$."""
+def dechunk_scan(z: Tensor, p: Tensor, e0: Tensor | None = None, reset: Tensor | None = None,
+                 backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """$e_j = p_j z_j + (1 - p_j) e_{j-1}$ for `z (batch, M, D)` and `p (batch, M)`: all states and
+    the last one, as `gated_scan` gives them. `e0 (batch, D)`: the state before; `reset (batch,
+    M)`: where true, $e_j = p_j z_j$."""
     p = p.to(z.dtype).unsqueeze(-1)
     return gated_scan((1 - p).expand_as(z), p * z, e0, reset, backend)
 
 # %% ../../nbs/kernels/scan.ipynb #ecb04b40
-def benchmark_scan(batch: int = 8, length: int = 512, width: int = 512, repeats: int = 10, backends=("c", "torch", "reference")) -> dict:
-    "CPU milliseconds (the median of `repeats`, sides alternated) of `forward` and `forward+backward` for each backend, and of a `triad` of the same size."
-    import time
-    f, i, g = torch.rand(batch, length, width), torch.randn(batch, length, width), torch.randn(batch, length, width)
-    out = torch.empty_like(f)
-    row = f[:, :1].expand_as(f)
+def _scan_cases(batch: int, length: int, width: int, backends) -> dict:
+    "Calls by name: the triad, and each backend forward and forward+backward."
+    f, i, g = torch.rand(batch, length, width), *torch.randn(2, batch, length, width)
+    out, row = torch.empty_like(f), f[:, :1].expand_as(f)
     def forward(backend):
         with torch.no_grad(): gated_scan(f, i, backend=backend)
     def both(backend):
-        a, b = f.detach().requires_grad_(), i.detach().requires_grad_()
-        torch.autograd.grad(gated_scan(a, b, backend=backend)[0], (a, b), g)
-    cases = {("triad", "forward"): lambda: torch.addcmul(i, f, row, out=out)}
-    cases |= {(backend, kind): lambda run=run, backend=backend: run(backend) for backend in backends for kind, run in (("forward", forward), ("forward+backward", both))}
-    times = {case: [] for case in cases}
+        leaves = f.detach().requires_grad_(), i.detach().requires_grad_()
+        torch.autograd.grad(gated_scan(*leaves, backend=backend)[0], leaves, g)
+    cases = {"triad forward": lambda: torch.addcmul(i, f, row, out=out)}
+    for backend in backends:
+        cases[f"{backend} forward"] = lambda backend=backend: forward(backend)
+        cases[f"{backend} forward+backward"] = lambda backend=backend: both(backend)
+    return cases
+
+def benchmark_scan(batch: int = 8, length: int = 512, width: int = 512, repeats: int = 10,
+                   backends=("c", "torch", "reference")) -> dict:
+    """CPU milliseconds (the median of `repeats`, sides alternated) of `forward` and
+    `forward+backward` for each backend, and of a `triad` of the same size."""
+    import time
+    cases = _scan_cases(batch, length, width, backends)
+    times = {name: [] for name in cases}
     for _ in range(repeats + 1):
-        for case, run in cases.items():
+        for name, run in cases.items():
             started = time.process_time()
             run()
-            times[case].append((time.process_time() - started) * 1e3)
-    return {f"{name} {kind}": sorted(values[1:])[repeats // 2] for (name, kind), values in times.items()}
+            times[name].append((time.process_time() - started) * 1e3)
+    return {name: sorted(values[1:])[repeats // 2] for name, values in times.items()}

@@ -26,83 +26,115 @@ except ImportError:
     def jit(function): return function
 
 # %% ../../nbs/kernels/ternary.ipynb #45a29b6b
+def _shifts(device) -> Tensor:
+    "Where a byte holds its four codes, `(4, 1)`."
+    return torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=device).view(4, 1)
+
 def pack_ternary(codes: Tensor) -> Tensor:
     "int8 codes −1, 0, 1 `(O, D)` → uint8 `(O, 64·⌈D/256⌉)`, four codes per byte."
     rows, width = codes.shape
     blocks = F.pad(codes, (0, -width % 256)).view(rows, -1, 4, 64)
-    shifted = (blocks + 1).to(torch.uint8) << torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=codes.device).view(4, 1)
+    shifted = (blocks + 1).to(torch.uint8) << _shifts(codes.device)
     return shifted.sum(2, dtype=torch.uint8).view(rows, -1)
 
+# %% ../../nbs/kernels/ternary.ipynb #5c9d7a20
 def unpack_ternary(packed: Tensor, width: int) -> Tensor:
     "The int8 codes `(O, width)` of `pack_ternary`."
-    planes = packed.view(packed.shape[0], -1, 1, 64) >> torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=packed.device).view(4, 1)
-    return ((planes & 3).to(torch.int8) - 1).reshape(packed.shape[0], -1)[:, :width].contiguous()
+    rows = packed.shape[0]
+    planes = packed.view(rows, -1, 1, 64) >> _shifts(packed.device)          # (O, blocks, 4, 64)
+    codes = (planes & 3).to(torch.int8) - 1
+    return codes.reshape(rows, -1)[:, :width].contiguous()
 
 # %% ../../nbs/kernels/ternary.ipynb #6dd883f9
 def ternary_matmul_reference(x: Tensor, packed: Tensor) -> Tensor:
     "The definition of `ternary_matmul`."
-    return (x.double() @ unpack_ternary(packed, x.shape[1]).double().t()).to(torch.int32)   # double sums of integers are exact
+    codes = unpack_ternary(packed, x.shape[1])
+    return (x.double() @ codes.double().t()).to(torch.int32)    # double sums of integers are exact
 
 # %% ../../nbs/kernels/ternary.ipynb #c11caf08
-TERNARY_C = r"""
+_ROW_VNNI_C = r"""
 #include <stdint.h>
 #if defined(__AVX512VNNI__) || defined(__AVX2__)
 #include <immintrin.h>
 #endif
-// x: [n][blocks*256] int8, filled up with zeros; packed: [O][blocks*64]; total: [n] sums of x; y: [n][O] int32; outputs from .. to
-void ternary_matmul(const int8_t *restrict x, const uint8_t *restrict packed, const int32_t *restrict total, int32_t *restrict y,
-                    int64_t n, int64_t blocks, int64_t O, int64_t from, int64_t to) {
-  for (int64_t o = from; o < to; o++) {
-    const uint8_t *row = packed + o * blocks * 64;
-    for (int64_t r = 0; r < n; r++) {
-      const int8_t *xr = x + r * blocks * 256;
-      int32_t sum;
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
-      const __m512i three = _mm512_set1_epi8(3);
-      __m512i a = _mm512_setzero_si512(), b = _mm512_setzero_si512();
-      for (int64_t k = 0; k < blocks; k++) {
-        const __m512i v = _mm512_loadu_si512(row + k * 64);
-        const int8_t *xk = xr + k * 256;
-        a = _mm512_dpbusd_epi32(a, _mm512_and_si512(v, three), _mm512_loadu_si512(xk));
-        b = _mm512_dpbusd_epi32(b, _mm512_and_si512(_mm512_srli_epi16(v, 2), three), _mm512_loadu_si512(xk + 64));
-        a = _mm512_dpbusd_epi32(a, _mm512_and_si512(_mm512_srli_epi16(v, 4), three), _mm512_loadu_si512(xk + 128));
-        b = _mm512_dpbusd_epi32(b, _mm512_and_si512(_mm512_srli_epi16(v, 6), three), _mm512_loadu_si512(xk + 192));
-      }
-      sum = _mm512_reduce_add_epi32(_mm512_add_epi32(a, b));
-#elif defined(__AVX2__)
-      const __m256i three = _mm256_set1_epi8(3), one = _mm256_set1_epi16(1);
-      __m256i a = _mm256_setzero_si256();
-      for (int64_t k = 0; k < blocks; k++)
-        for (int half = 0; half < 2; half++) {
-          __m256i v = _mm256_loadu_si256((const __m256i *)(row + k * 64 + half * 32));
-          for (int plane = 0; plane < 4; plane++) {
-            const __m256i xs = _mm256_loadu_si256((const __m256i *)(xr + k * 256 + plane * 64 + half * 32));
-            a = _mm256_add_epi32(a, _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_and_si256(v, three), xs), one));
-            v = _mm256_srli_epi16(v, 2);
-          }
-        }
-      int32_t parts[8];
-      _mm256_storeu_si256((__m256i *)parts, a);
-      sum = parts[0] + parts[1] + parts[2] + parts[3] + parts[4] + parts[5] + parts[6] + parts[7];
-#else
-      sum = 0;
-      for (int64_t k = 0; k < blocks; k++)
-        for (int plane = 0; plane < 4; plane++)
-          for (int j = 0; j < 64; j++) sum += ((row[k * 64 + j] >> (2 * plane)) & 3) * (int32_t)xr[k * 256 + plane * 64 + j];
-#endif
-      y[r * O + o] = sum - total[r];
-    }
+#define PLANE(v, k) _mm512_and_si512(k ? _mm512_srli_epi16(v, 2 * k) : v, _mm512_set1_epi8(3))
+static inline int32_t row_times(const uint8_t *row, const int8_t *x, int64_t blocks) {
+  __m512i a = _mm512_setzero_si512(), b = _mm512_setzero_si512();
+  for (int64_t k = 0; k < blocks; k++) {
+    const __m512i v = _mm512_loadu_si512(row + k * 64);
+    const int8_t *xk = x + k * 256;
+    a = _mm512_dpbusd_epi32(a, PLANE(v, 0), _mm512_loadu_si512(xk));
+    b = _mm512_dpbusd_epi32(b, PLANE(v, 1), _mm512_loadu_si512(xk + 64));
+    a = _mm512_dpbusd_epi32(a, PLANE(v, 2), _mm512_loadu_si512(xk + 128));
+    b = _mm512_dpbusd_epi32(b, PLANE(v, 3), _mm512_loadu_si512(xk + 192));
   }
+  return _mm512_reduce_add_epi32(_mm512_add_epi32(a, b));
 }
 """
 
+# %% ../../nbs/kernels/ternary.ipynb #d5b807e1
+_ROW_AVX2_C = r"""
+#elif defined(__AVX2__)
+static inline int32_t row_times(const uint8_t *row, const int8_t *x, int64_t blocks) {
+  const __m256i three = _mm256_set1_epi8(3), one = _mm256_set1_epi16(1);
+  __m256i a = _mm256_setzero_si256();
+  for (int64_t k = 0; k < blocks; k++)
+    for (int half = 0; half < 2; half++) {
+      __m256i v = _mm256_loadu_si256((const __m256i *)(row + k * 64 + half * 32));
+      for (int plane = 0; plane < 4; plane++) {
+        const int8_t *xk = x + k * 256 + plane * 64 + half * 32;
+        const __m256i xs = _mm256_loadu_si256((const __m256i *)xk);
+        const __m256i pairs = _mm256_maddubs_epi16(_mm256_and_si256(v, three), xs);
+        a = _mm256_add_epi32(a, _mm256_madd_epi16(pairs, one));
+        v = _mm256_srli_epi16(v, 2);
+      }
+    }
+  int32_t s[8];
+  _mm256_storeu_si256((__m256i *)s, a);
+  return s[0] + s[1] + s[2] + s[3] + s[4] + s[5] + s[6] + s[7];
+}
+"""
+
+# %% ../../nbs/kernels/ternary.ipynb #97ec15d0
+_ROW_PLAIN_C = r"""
+#else
+static inline int32_t row_times(const uint8_t *row, const int8_t *x, int64_t blocks) {
+  int32_t sum = 0;
+  for (int64_t k = 0; k < blocks; k++)
+    for (int plane = 0; plane < 4; plane++)
+      for (int j = 0; j < 64; j++)
+        sum += ((row[k * 64 + j] >> (2 * plane)) & 3) * (int32_t)x[k * 256 + plane * 64 + j];
+  return sum;
+}
+#endif
+"""
+
+# %% ../../nbs/kernels/ternary.ipynb #4f9360ce
+_MATMUL_C = r"""
+// x: [n][blocks*256] int8, filled up with zeros; packed: [O][blocks*64]; total: [n] sums of x;
+// y: [n][O] int32; outputs from .. to
+void ternary_matmul(const int8_t *restrict x, const uint8_t *restrict packed,
+                    const int32_t *restrict total, int32_t *restrict y,
+                    int64_t n, int64_t blocks, int64_t O, int64_t from, int64_t to) {
+  for (int64_t o = from; o < to; o++)
+    for (int64_t r = 0; r < n; r++)
+      y[r * O + o] = row_times(packed + o * blocks * 64, x + r * blocks * 256, blocks) - total[r];
+}
+"""
+TERNARY_C = _ROW_VNNI_C + _ROW_AVX2_C + _ROW_PLAIN_C + _MATMUL_C
+
+# %% ../../nbs/kernels/ternary.ipynb #0a36f9d8
 def _matmul_c(x, packed):
     library, (outputs, size) = load_c(TERNARY_C, "ternary"), packed.shape
     x = F.pad(x, (0, size * 4 - x.shape[1])).contiguous()
-    total, y = x.sum(1, dtype=torch.int32), torch.empty(x.shape[0], outputs, dtype=torch.int32)
+    rows, total = x.shape[0], x.sum(1, dtype=torch.int32)
+    y = torch.empty(rows, outputs, dtype=torch.int32)
+    tensors = [pointer(t) for t in (x, packed, total, y)]
+    sizes = [ctypes.c_int64(size) for size in (rows, size // 64, outputs)]
     def part(start, stop):
-        library.ternary_matmul(pointer(x), pointer(packed), pointer(total), pointer(y), *map(ctypes.c_int64, (x.shape[0], size // 64, outputs, start, stop)))
-    split_rows(part, outputs, outputs * size * x.shape[0] // 16)
+        library.ternary_matmul(*tensors, *sizes, ctypes.c_int64(start), ctypes.c_int64(stop))
+    split_rows(part, outputs, outputs * size * rows // 16)
     return y
 
 def _matmul_torch(x, packed): return integer_matmul(x, unpack_ternary(packed, x.shape[1]))
@@ -110,24 +142,28 @@ def _matmul_torch(x, packed): return integer_matmul(x, unpack_ternary(packed, x.
 # %% ../../nbs/kernels/ternary.ipynb #333a129c
 @jit
 def _ternary_kernel(x, packed, y, D, O, SIZE, BLOCK_O: constexpr):
-    o, n, j = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O), tl.program_id(1).to(tl.int64), tl.arange(0, 64)
-    inside = o < O
+    o, n = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O), tl.program_id(1).to(tl.int64)
+    j, inside = tl.arange(0, 64), o < O
     total = tl.zeros((BLOCK_O,), tl.int32)
     for k in range(0, SIZE // 64):
-        bytes_ = tl.load(packed + o[:, None].to(tl.int64) * SIZE + k * 64 + j[None, :], mask=inside[:, None], other=0).to(tl.int32)
+        block = packed + o[:, None].to(tl.int64) * SIZE + k * 64 + j[None, :]
+        four = tl.load(block, mask=inside[:, None], other=0).to(tl.int32)
         for plane in tl.static_range(4):
             column = k * 256 + plane * 64 + j
             xs = tl.load(x + n * D + column, mask=column < D, other=0).to(tl.int32)
-            total += tl.sum((((bytes_ >> (2 * plane)) & 3) - 1) * xs[None, :], 1)
+            total += tl.sum((((four >> (2 * plane)) & 3) - 1) * xs[None, :], 1)
     tl.store(y + n * O + o, total, mask=inside)
 
 def _matmul_triton(x, packed):
     (rows, width), (outputs, size) = x.shape, packed.shape
     y = torch.empty(rows, outputs, dtype=torch.int32, device=x.device)
-    _ternary_kernel[(triton.cdiv(outputs, 16), rows)](x, packed, y, width, outputs, size, 16, num_warps=4)
+    grid = triton.cdiv(outputs, 16), rows
+    _ternary_kernel[grid](x, packed, y, width, outputs, size, 16, num_warps=4)
     return y
 
-_matmul = {"c": _matmul_c, "torch": _matmul_torch, "triton": _matmul_triton, "reference": ternary_matmul_reference}
+# %% ../../nbs/kernels/ternary.ipynb #6e21db84
+_matmul = {"c": _matmul_c, "torch": _matmul_torch, "triton": _matmul_triton,
+           "reference": ternary_matmul_reference}
 
 @custom_op("ternary_matmul")
 def _matmul_op(x: Tensor, packed: Tensor, backend: str) -> Tensor: return _matmul[backend](x, packed)
@@ -136,15 +172,17 @@ def _matmul_op(x: Tensor, packed: Tensor, backend: str) -> Tensor: return _matmu
 def _(x, packed, backend): return x.new_empty(x.shape[0], packed.shape[0], dtype=torch.int32)
 
 def ternary_matmul(x: Tensor, packed: Tensor, backend: str = "auto") -> Tensor:
-    "int8 activations `(N, D)` times a packed matrix `(O, 64·⌈D/256⌉)` transposed: int32 `(N, O)`, exact. Made for few rows."
+    """int8 activations `(N, D)` times a packed matrix `(O, 64·⌈D/256⌉)` transposed: int32 `(N,
+    O)`, exact. Made for few rows."""
     if backend == "reference": return ternary_matmul_reference(x, packed)
     backend = choose_backend(backend, x, TERNARY_C, "ternary")
     if torch.compiler.is_compiling(): return _matmul_op(x.contiguous(), packed, backend)
-    return _matmul[backend](x.contiguous(), packed)      # nothing to differentiate: without an operator's dispatch
+    return _matmul[backend](x.contiguous(), packed)
 
 # %% ../../nbs/kernels/ternary.ipynb #0ca2442c
 class TernaryWeight:
-    "A quantised matrix `(O, D)`: `packed` two-bit codes and a `scale`; `codes` (int8) is unpacked when many rows first ask for it."
+    """A quantised matrix `(O, D)`: `packed` two-bit codes and a `scale`; `codes` (int8) is
+    unpacked when many rows first ask for it."""
     FEW = 8   # rows up to which the packed product is the faster one
 
     def __init__(self, packed: Tensor, scale: Tensor, width: int, codes: Tensor | None = None):
@@ -166,23 +204,36 @@ class TernaryWeight:
         "The matrix of −scale, 0 and scale."
         return self.codes * self.scale
 
+# %% ../../nbs/kernels/ternary.ipynb #c2b750a9
+def _integer_sums(codes: Tensor, weight: TernaryWeight, backend: str) -> Tensor:
+    "int8 `(N, D)` times the matrix transposed, by what is fastest for so many rows."
+    few = codes.shape[0] <= TernaryWeight.FEW
+    if few and choose_backend(backend, codes, TERNARY_C, "ternary") != "torch":
+        return ternary_matmul(codes, weight.packed, backend)
+    return integer_matmul(codes, weight.codes)
+
 @torch.no_grad()
-def ternary_linear(x: Tensor, weight: TernaryWeight, norm_weight: Tensor, eps: float = 1e-8, backend: str = "auto") -> Tensor:
-    "`bit_linear` of `x (..., D)` with a matrix that is quantised already: the same numbers, without gradients."
+def ternary_linear(x: Tensor, weight: TernaryWeight, norm_weight: Tensor, eps: float = 1e-8,
+                   backend: str = "auto") -> Tensor:
+    """`bit_linear` of `x (..., D)` with a matrix that is quantised already: the same numbers,
+    without gradients."""
     codes, scale = quantize_activations(x, norm_weight, eps, backend)
     flat = codes.view(-1, weight.width)
     if x.dtype == torch.float64: sums = flat.double() @ weight.codes.double().t()
-    elif flat.shape[0] <= TernaryWeight.FEW and choose_backend(backend, flat, TERNARY_C, "ternary") != "torch": sums = ternary_matmul(flat, weight.packed, backend)
-    else: sums = integer_matmul(flat, weight.codes)
-    return rescale(sums, scale.view(-1), weight.scale.to(scale.dtype), x.dtype).view(*x.shape[:-1], -1)
+    else: sums = _integer_sums(flat, weight, backend)
+    y = rescale(sums, scale.view(-1), weight.scale.to(scale.dtype), x.dtype)
+    return y.view(*x.shape[:-1], -1)
 
 # %% ../../nbs/kernels/ternary.ipynb #f25b5de6
 def benchmark_ternary(outputs: int = 3072, width: int = 512, rows: int = 1, repeats: int = 200) -> dict:
-    "CPU microseconds (medians, sides alternated) of a float32 product, `torch._int_mm` and the packed product."
+    """CPU microseconds (medians, sides alternated) of a float32 product, `torch._int_mm` and the
+    packed product."""
     import time
-    codes, x = torch.randint(-1, 2, (outputs, width), dtype=torch.int8), torch.randint(-128, 128, (rows, width), dtype=torch.int8)
+    codes = torch.randint(-1, 2, (outputs, width), dtype=torch.int8)
+    x = torch.randint(-128, 128, (rows, width), dtype=torch.int8)
     packed, floats, fx = pack_ternary(codes), codes.float(), x.float()
-    cases = {"float32": lambda: fx @ floats.t(), "int8": lambda: integer_matmul(x, codes), "packed": lambda: ternary_matmul(x, packed)}
+    cases = {"float32": lambda: fx @ floats.t(), "int8": lambda: integer_matmul(x, codes),
+             "packed": lambda: ternary_matmul(x, packed)}
     times = {name: [] for name in cases}
     for _ in range(repeats):
         for name, run in cases.items():

@@ -19,30 +19,39 @@ from .normgate import EXP_C
 
 # %% ../../nbs/kernels/ternary_decode.ipynb #3fb8da4d
 class StepLinear(NamedTuple):
-    "A ternary matrix: `codes` int8 `(out, in)`, its `scale`, and the `gain (in,)` and `eps` of the norm before it."
+    """A ternary matrix: `codes` int8 `(out, in)`, its `scale`, and the `gain (in,)` and `eps` of
+    the norm before it."""
     codes: Tensor
     scale: float
     gain: Tensor
     eps: float
 
+# %% ../../nbs/kernels/ternary_decode.ipynb #c5e7f402
 class StepBlock(NamedTuple):
-    "A recurrent block. `bound (state,)`: least forget gates, or none; `convs`: none, one or two convolutions `(width, taps)` before the gates."
-    f: StepLinear
-    i: StepLinear
-    g: StepLinear
-    o: StepLinear
-    gate: StepLinear
-    down: StepLinear
-    attn_norm: Tensor
-    mlp_norm: Tensor
-    g_norm: Tensor
+    """A recurrent block of a model `width` wide. `lower_bound (state,)`: least forget gates, or
+    none; `convs`: none, one or two convolutions `(width, taps)` before the gates."""
+    f: StepLinear                          # (state, width)
+    i: StepLinear                          # (state, width)
+    g: StepLinear                          # (state, width)
+    o: StepLinear                          # (width, state)
+    gate: StepLinear                       # (2 * ff, width): gate, then up
+    down: StepLinear                       # (width, ff)
+    attn_norm: Tensor                      # (width,)
+    mlp_norm: Tensor                       # (width,)
+    g_norm: Tensor                         # (state,)
     eps: float
-    bound: Tensor | None = None
+    lower_bound: Tensor | None = None
     convs: tuple = ()
 
+    def state_shapes(self) -> list[tuple]:
+        "Without the batch: the recurrent state, and each convolution's past inputs."
+        return [(self.f.codes.shape[0],), *((w.shape[1] - 1, w.shape[0]) for w in self.convs)]
+
+# %% ../../nbs/kernels/ternary_decode.ipynb #2b94f8a0
 class StepStage(NamedTuple):
-    """`blocks` and the `norm` at their end; around an `inner` stage also the router's `query` and `key` `(width, width)`, the `residual` matrix, and the `decoder` blocks with theirs.
-    `pad`: what a stage wider than the one around it appends to its input, or none."""
+    """`blocks` and the `norm` at their end; around an `inner` stage also the router's `query` and
+    `key` `(width, width)`, the `residual` matrix, and the `decoder` blocks with theirs. `pad`:
+    what a stage wider than the one around it appends to its input, or none."""
     blocks: list
     norm: Tensor
     eps: float
@@ -55,35 +64,54 @@ class StepStage(NamedTuple):
     decoder_norm: Tensor | None = None
 
     def state_shapes(self) -> list[tuple]:
-        "Shapes without the batch, in order: of each block the recurrent state and its convolutions' past inputs; of a stage around another also the last query, whether there was one `()`, and the last chunk; the inner stage's; the decoder's."
-        def of(blocks): return [shape for b in blocks for shape in ((b.f.codes.shape[0],), *((w.shape[1] - 1, w.shape[0]) for w in b.convs))]
-        if self.inner is None: return of(self.blocks)
+        """Shapes without the batch, in order: each block's; of a stage around another also the
+        last query, whether there was one `()`, and the last chunk; the inner stage's; the
+        decoder's."""
+        own = [shape for block in self.blocks for shape in block.state_shapes()]
+        if self.inner is None: return own
+        decoder = [shape for block in self.decoder for shape in block.state_shapes()]
         width = self.norm.shape[0]
-        return [*of(self.blocks), (width,), (), (width,), *self.inner.state_shapes(), *of(self.decoder)]
+        return [*own, (width,), (), (width,), *self.inner.state_shapes(), *decoder]
 
-    def depth(self) -> int: return 0 if self.inner is None else 1 + self.inner.depth()
+    def stages(self) -> list["StepStage"]:
+        "This stage and those inside it."
+        return [self] if self.inner is None else [self, *self.inner.stages()]
+
+    def depth(self) -> int: return len(self.stages()) - 1
 
 # %% ../../nbs/kernels/ternary_decode.ipynb #10f65be4
 def _norm(x, gain, eps): return x * torch.rsqrt(x.square().mean() + eps) * gain
 
 def _linear(x, m: StepLinear):
     codes, scale = quantize_activations(x[None], m.gain, m.eps, "reference")
-    return (codes.double() @ m.codes.double().T)[0].to(x.dtype) * (scale[0] * m.scale)
+    sums = (codes.double() @ m.codes.double().T)[0]              # (out,)
+    return sums.to(x.dtype) * (scale[0] * m.scale)
 
-def _convolved(x, weight, before):
-    wide = torch.cat((before, x[None]))
-    before.copy_(wide[1:])
-    return F.silu((wide.flip(0) * weight.T.flip(0)).sum(0))
+def _convolved(x, weight, past):
+    """The causal convolution and SiLU of the inputs `past (taps-1, width)` and `x`, which then are
+    the past."""
+    inputs = torch.cat((past, x[None]))                          # (taps, width)
+    past.copy_(inputs[1:])
+    return F.silu((inputs.flip(0) * weight.T.flip(0)).sum(0))
 
 def _block(x, b: StepBlock, states):
     y, h = _norm(x, b.attn_norm, b.eps), next(states)
-    seen = [_convolved(y, weight, next(states)) for weight in b.convs] or [y]
-    f = torch.sigmoid(_linear(seen[0], b.f))
-    if b.bound is not None: f = b.bound + (1 - b.bound) * f
-    h.copy_(f * h + F.silu(_linear(seen[-1], b.i)) * (1 - f))
+    inputs = [_convolved(y, weight, next(states)) for weight in b.convs] or [y]
+    f = torch.sigmoid(_linear(inputs[0], b.f))
+    if b.lower_bound is not None: f = b.lower_bound + (1 - b.lower_bound) * f
+    h.copy_(f * h + F.silu(_linear(inputs[-1], b.i)) * (1 - f))
     x = x + _linear(_norm(_linear(y, b.g), b.g_norm, b.eps) * F.silu(h), b.o)
     gate, up = _linear(_norm(x, b.mlp_norm, b.eps), b.gate).chunk(2)
     return x + _linear(F.silu(gate) * up, b.down)
+
+# %% ../../nbs/kernels/ternary_decode.ipynb #5f3a9d70
+def _boundary(x, s: StepStage, query, has_query):
+    "The probability of a boundary; the query is kept."
+    q, k = F.normalize(s.query @ x, dim=0), F.normalize(s.key @ x, dim=0)
+    p = ((1 - query @ k) / 2).clamp(0, 1) if has_query else torch.ones_like(x[0])
+    query.copy_(q)
+    has_query.fill_(True)
+    return p
 
 def _stage(x, s: StepStage, states, prob):
     outer = len(x)
@@ -91,9 +119,8 @@ def _stage(x, s: StepStage, states, prob):
     for b in s.blocks: x = _block(x, b, states)
     x = _norm(x, s.norm, s.eps)
     if s.inner is None: return x[:outer]
-    q, k, query, seen, chunk = F.normalize(s.query @ x, dim=0), F.normalize(s.key @ x, dim=0), next(states), next(states), next(states)
-    p = ((1 - query @ k) / 2).clamp(0, 1) if seen else torch.ones_like(x[0])
-    query.copy_(q); seen.fill_(True); prob[0] = p
+    p = prob[0] = _boundary(x, s, next(states), next(states))
+    chunk = next(states)
     if p > 0.5:
         z, p = _stage(x, s.inner, states, prob[1:]), p.clamp(1e-4, 1 - 1e-4)
         chunk.copy_(p * z + (1 - p) * chunk)
@@ -104,14 +131,17 @@ def _stage(x, s: StepStage, states, prob):
     return _norm(x, s.decoder_norm, s.eps)[:outer]
 
 @torch.no_grad()
-def ternary_step_reference(ids: Tensor, embedding: Tensor, stage: StepStage, head: Tensor, states: list[Tensor]) -> tuple[Tensor, Tensor]:
-    "The definition of `TernaryStep`: `ids (batch,)`, `embedding` and `head` `(vocabulary, width)`, `states` of `stage.state_shapes()` with the batch first."
+def ternary_step_reference(ids: Tensor, embedding: Tensor, stage: StepStage, head: Tensor,
+                           states: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """The definition of `TernaryStep`: `ids (batch,)`, `embedding` and `head` `(vocabulary,
+    width)`, `states` of `stage.state_shapes()` with the batch first."""
     prob = torch.zeros(len(ids), stage.depth(), dtype=embedding.dtype)
-    rows = [_stage(embedding[i], stage, iter([t[row] for t in states]), prob[row]) for row, i in enumerate(ids)]
+    rows = [_stage(embedding[i], stage, iter([state[row] for state in states]), prob[row])
+            for row, i in enumerate(ids)]
     return torch.stack(rows) @ head.T, prob
 
 # %% ../../nbs/kernels/ternary_decode.ipynb #74b90fbb
-_STEP_C = r"""
+_TYPES_C = r"""
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -119,11 +149,25 @@ _STEP_C = r"""
 #include <immintrin.h>
 #endif
 typedef struct { const uint8_t *packed; const real *gain; double scale, eps; int64_t in, out; } linear;
-typedef struct { linear f, i, g, o, gate, down; const real *attn_norm, *mlp_norm, *g_norm, *bound, *conv[2]; double eps; int64_t taps, width, state, ff, at; } block;
-typedef struct stage { const block *blocks, *decoder; const struct stage *inner; const real *norm, *pad, *query, *key, *residual, *decoder_norm; real *x; double eps;
-                       int64_t count, decoders, width, outer, at; } stage;
-typedef struct { int8_t *codes; real *y, *u, *v, *f, *i, *g, *wide; } room;
+typedef struct {
+  linear f, i, g, o, gate, down;
+  const real *attn_norm, *mlp_norm, *g_norm, *lower_bound, *conv[2];
+  double eps;
+  int64_t taps, width, state, ff, first_state;
+} block;
+typedef struct stage {
+  const block *blocks, *decoder;
+  const struct stage *inner;
+  const real *norm, *pad, *query, *key, *residual, *decoder_norm;
+  real *x;
+  double eps;
+  int64_t count, decoders, width, outer, first_state;
+} stage;
+typedef struct { int8_t *codes; real *y, *u, *v, *f, *i, *g, *wide; } workspace;
+"""
 
+# %% ../../nbs/kernels/ternary_decode.ipynb #1d0ce5b8
+_MATH_C = r"""
 #ifdef DOUBLE
 #define exp_ exp
 #define SQRT sqrt
@@ -135,7 +179,10 @@ typedef struct { int8_t *codes; real *y, *u, *v, *f, *i, *g, *wide; } room;
 #define ABS fabsf
 """ + EXP_C + r"""#endif
 static inline real silu(real x) { return x / (1 + exp_(-x)); }
+"""
 
+# %% ../../nbs/kernels/ternary_decode.ipynb #39c4d8a7
+_DENSE_C = r"""
 static inline real mean_square(const real *x, int64_t D) {
   real square = 0;
   #pragma omp simd reduction(+:square)
@@ -147,7 +194,6 @@ static void norm(const real *x, const real *gain, real *y, int64_t D, double eps
   #pragma omp simd
   for (int64_t d = 0; d < D; d++) y[d] = x[d] * r * gain[d];
 }
-// y[o] = sum_d w[o][d] x[d]
 static void dense(const real *w, const real *x, real *y, int64_t out, int64_t in) {
   for (int64_t o = 0; o < out; o++) {
     real sum = 0;
@@ -156,80 +202,127 @@ static void dense(const real *w, const real *x, real *y, int64_t out, int64_t in
     y[o] = sum;
   }
 }
+"""
+
+# %% ../../nbs/kernels/ternary_decode.ipynb #e8b5f03d
+def pack_fours(codes: Tensor) -> Tensor:
+    """int8 codes −1, 0, 1 `(O, D)` → uint8 `(⌈O/4⌉, 64·⌈D/64⌉)`: a byte holds one column of four
+    rows, the first in the lowest bits."""
+    outputs, inputs = codes.shape
+    padded = F.pad(codes, (0, -inputs % 64, 0, -outputs % 4))
+    fours = (padded.view(-1, 4, padded.shape[1]) + 1).to(torch.uint8)
+    shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8).view(4, 1)
+    return (fours << shifts).sum(1, dtype=torch.uint8)
+
+# %% ../../nbs/kernels/ternary_decode.ipynb #2a71c8fe
+_ROWS_VNNI_C = r"""
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
-// The bits of a byte are 64 c3 + 16 c2 + 4 c1 + c0: products with ever fewer of its bits differ by one code's share each, and nothing need be shifted.
-static inline __attribute__((always_inline)) void rows_of(const uint8_t *packed, const int8_t *codes, int64_t chunks, int32_t *sum, const int groups) {
+#define DOT _mm512_dpbusd_epi32
+static inline __attribute__((always_inline)) void rows_of(
+    const uint8_t *packed, const int8_t *codes, int64_t chunks, __m512i s[2][4], const int groups) {
   const __m512i two = _mm512_set1_epi8(3), four = _mm512_set1_epi8(15), six = _mm512_set1_epi8(63);
-  __m512i s[2][4];
   for (int u = 0; u < groups; u++) for (int r = 0; r < 4; r++) s[u][r] = _mm512_setzero_si512();
   for (int64_t k = 0; k < chunks; k++) {
     const __m512i xs = _mm512_loadu_si512(codes + k * 64);
     #pragma GCC unroll 2
     for (int u = 0; u < groups; u++) {
       const __m512i v = _mm512_loadu_si512(packed + (u * chunks + k) * 64);
-      s[u][0] = _mm512_dpbusd_epi32(s[u][0], _mm512_and_si512(v, two), xs);
-      s[u][1] = _mm512_dpbusd_epi32(s[u][1], _mm512_and_si512(v, four), xs);
-      s[u][2] = _mm512_dpbusd_epi32(s[u][2], _mm512_and_si512(v, six), xs);
-      s[u][3] = _mm512_dpbusd_epi32(s[u][3], v, xs);
+      s[u][0] = DOT(s[u][0], _mm512_and_si512(v, two), xs);
+      s[u][1] = DOT(s[u][1], _mm512_and_si512(v, four), xs);
+      s[u][2] = DOT(s[u][2], _mm512_and_si512(v, six), xs);
+      s[u][3] = DOT(s[u][3], v, xs);
     }
   }
+}
+"""
+
+# %% ../../nbs/kernels/ternary_decode.ipynb #9d5f16e0
+_SUMS_VNNI_C = r"""
+static inline __attribute__((always_inline)) void sums_of(const __m512i *s, int32_t *sum) {
+  const __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(s[0], s[1]),
+                                      _mm512_unpackhi_epi32(s[0], s[1]));
+  const __m512i cd = _mm512_add_epi32(_mm512_unpacklo_epi32(s[2], s[3]),
+                                      _mm512_unpackhi_epi32(s[2], s[3]));
+  const __m512i all = _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+  const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
+  const __m128i t = _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+  const __m128i own = _mm_sub_epi32(t, _mm_slli_si128(t, 4));
+  _mm_storeu_si128((__m128i *)sum, _mm_srav_epi32(own, _mm_set_epi32(6, 4, 2, 0)));
+}
+static inline __attribute__((always_inline)) void sum_rows(
+    const uint8_t *packed, const int8_t *codes, int64_t chunks, int32_t *sum, const int groups) {
+  __m512i s[2][4];
+  rows_of(packed, codes, chunks, s, groups);
   #pragma GCC unroll 2
-  for (int u = 0; u < groups; u++) {
-    const __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(s[u][0], s[u][1]), _mm512_unpackhi_epi32(s[u][0], s[u][1]));
-    const __m512i cd = _mm512_add_epi32(_mm512_unpacklo_epi32(s[u][2], s[u][3]), _mm512_unpackhi_epi32(s[u][2], s[u][3]));
-    const __m512i all = _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
-    const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
-    const __m128i t = _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
-    _mm_storeu_si128((__m128i *)(sum + 4 * u), _mm_srav_epi32(_mm_sub_epi32(t, _mm_slli_si128(t, 4)), _mm_set_epi32(6, 4, 2, 0)));
+  for (int u = 0; u < groups; u++) sums_of(s[u], sum + 4 * u);
+}
+"""
+
+# %% ../../nbs/kernels/ternary_decode.ipynb #7c8e0d2f
+_ROWS_OTHER_C = r"""
+#elif defined(__AVX2__)
+static inline void sum_rows(const uint8_t *packed, const int8_t *codes, int64_t chunks,
+                            int32_t *sum, const int groups) {
+  const __m256i three = _mm256_set1_epi8(3), one = _mm256_set1_epi16(1), zero = _mm256_setzero_si256();
+  __m256i s[4] = {zero, zero, zero, zero};
+  for (int64_t k = 0; k < chunks * 64; k += 32) {
+    __m256i v = _mm256_loadu_si256((const __m256i *)(packed + k));
+    const __m256i xs = _mm256_loadu_si256((const __m256i *)(codes + k));
+    for (int r = 0; r < 4; r++, v = _mm256_srli_epi16(v, 2)) {
+      const __m256i pairs = _mm256_maddubs_epi16(_mm256_and_si256(v, three), xs);
+      s[r] = _mm256_add_epi32(s[r], _mm256_madd_epi16(pairs, one));
+    }
+  }
+  for (int r = 0; r < 4; r++) {
+    int32_t p[8];
+    _mm256_storeu_si256((__m256i *)p, s[r]);
+    sum[r] = p[0] + p[1] + p[2] + p[3] + p[4] + p[5] + p[6] + p[7];
+  }
+}
+#else
+static inline void sum_rows(const uint8_t *packed, const int8_t *codes, int64_t chunks,
+                            int32_t *sum, const int groups) {
+  for (int r = 0; r < 4; r++) {
+    int32_t s = 0;
+    for (int64_t k = 0; k < chunks * 64; k++) s += ((packed[k] >> (2 * r)) & 3) * (int32_t)codes[k];
+    sum[r] = s;
   }
 }
 #endif
-// packed: [out/4][chunks][64], four rows in a byte; codes: [chunks][64]
-static void product(const uint8_t *packed, const int8_t *codes, int32_t total, real scale, real *y, int64_t chunks, int64_t out) {
+"""
+
+# %% ../../nbs/kernels/ternary_decode.ipynb #48d2fa05
+_PRODUCT_C = r"""
+static void product(const uint8_t *packed, const int8_t *codes, int32_t total, real scale, real *y,
+                    int64_t chunks, int64_t out) {
   int64_t o = 0;
+  int32_t sum[8];
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
   for (; o + 8 <= out; o += 8, packed += 2 * chunks * 64) {
-    int32_t sum[8];
-    rows_of(packed, codes, chunks, sum, 2);
+    sum_rows(packed, codes, chunks, sum, 2);
     for (int r = 0; r < 8; r++) y[o + r] = (real)(sum[r] - total) * scale;
   }
 #endif
   for (; o < out; o += 4, packed += chunks * 64) {
-    int32_t sum[4];
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
-    rows_of(packed, codes, chunks, sum, 1);
-#elif defined(__AVX2__)
-    const __m256i three = _mm256_set1_epi8(3), one = _mm256_set1_epi16(1);
-    __m256i s[4] = {_mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256()};
-    for (int64_t k = 0; k < chunks * 64; k += 32) {
-      __m256i v = _mm256_loadu_si256((const __m256i *)(packed + k));
-      const __m256i xs = _mm256_loadu_si256((const __m256i *)(codes + k));
-      for (int r = 0; r < 4; r++, v = _mm256_srli_epi16(v, 2))
-        s[r] = _mm256_add_epi32(s[r], _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_and_si256(v, three), xs), one));
-    }
-    for (int r = 0; r < 4; r++) {
-      int32_t parts[8];
-      _mm256_storeu_si256((__m256i *)parts, s[r]);
-      sum[r] = parts[0] + parts[1] + parts[2] + parts[3] + parts[4] + parts[5] + parts[6] + parts[7];
-    }
-#else
-    for (int r = 0; r < 4; r++) {
-      int32_t s = 0;
-      for (int64_t k = 0; k < chunks * 64; k++) s += ((packed[k] >> (2 * r)) & 3) * (int32_t)codes[k];
-      sum[r] = s;
-    }
-#endif
+    sum_rows(packed, codes, chunks, sum, 1);
     for (int64_t r = 0; r < 4 && o + r < out; r++) y[o + r] = (real)(sum[r] - total) * scale;
   }
 }
+"""
+
+# %% ../../nbs/kernels/ternary_decode.ipynb #f5c20e8a
+_BIT_LINEAR_C = r"""
 static void bit_linear(const linear *m, const real *x, real *y, int8_t *codes) {
   const int64_t D = m->in, chunks = (D + 63) / 64;
   const real square = mean_square(x, D), r = 1 / SQRT(square + (real)m->eps);
   const real *gain = m->gain;
-  real top = 0;
-  #pragma omp simd reduction(max:top)
-  for (int64_t d = 0; d < D; d++) { const real a = ABS(x[d] * r * gain[d]); top = a > top ? a : top; }
-  const real s = 127 / (top > (real)1e-5 ? top : (real)1e-5);
+  real largest = 0;
+  #pragma omp simd reduction(max:largest)
+  for (int64_t d = 0; d < D; d++) {
+    const real a = ABS(x[d] * r * gain[d]);
+    largest = a > largest ? a : largest;
+  }
+  const real s = 127 / (largest > (real)1e-5 ? largest : (real)1e-5);
   int32_t total = 0;
   #pragma omp simd reduction(+:total)
   for (int64_t d = 0; d < D; d++) {
@@ -241,33 +334,30 @@ static void bit_linear(const linear *m, const real *x, real *y, int8_t *codes) {
     total += c;
   }
   for (int64_t d = D; d < chunks * 64; d++) codes[d] = 0;
-  product(m->packed, codes, total, (isfinite(square) ? 1 / s : (real)NAN) * (real)m->scale, y, chunks, m->out);   // a bad row stays bad: codes cannot say so
+  const real scale = (isfinite(square) ? 1 / s : (real)NAN) * (real)m->scale;
+  product(m->packed, codes, total, scale, y, chunks, m->out);
 }
-// y = silu(causal convolution of the taps-1 inputs before and x), which then are the inputs before
-static void convolve(const real *x, const real *weight, real *before, real *y, int64_t W, int64_t taps) {
+"""
+
+# %% ../../nbs/kernels/ternary_decode.ipynb #a03f7d5e
+_CONVOLVE_C = r"""
+static void convolve(const real *x, const real *weight, real *past, real *y, int64_t W, int64_t taps) {
   for (int64_t d = 0; d < W; d++) {
     real sum = x[d] * weight[d * taps + taps - 1];
-    for (int64_t back = 1; back < taps; back++) sum += before[(taps - 1 - back) * W + d] * weight[d * taps + taps - 1 - back];
+    for (int64_t back = 1; back < taps; back++)
+      sum += past[(taps - 1 - back) * W + d] * weight[d * taps + taps - 1 - back];
     y[d] = silu(sum);
   }
-  memmove(before, before + W, (taps - 2) * W * sizeof(real));
-  memcpy(before + (taps - 2) * W, x, W * sizeof(real));
+  memmove(past, past + W, (taps - 2) * W * sizeof(real));
+  memcpy(past + (taps - 2) * W, x, W * sizeof(real));
 }
-static void run_block(const block *l, real *x, void *const *states, int64_t row, const room *w) {
-  const int64_t W = l->width, S = l->state, M = l->ff;
-  norm(x, l->attn_norm, w->y, W, l->eps);
-  const real *to_f = w->y, *to_i = w->y;
-  if (l->taps) {
-    const int64_t past = row * (l->taps - 1) * W;
-    convolve(w->y, l->conv[0], (real *)states[l->at + 1] + past, w->u, W, l->taps);
-    to_f = to_i = w->u;
-    if (l->conv[1]) { convolve(w->y, l->conv[1], (real *)states[l->at + 2] + past, w->v, W, l->taps); to_i = w->v; }
-  }
-  real *f = w->f, *i = w->i, *g = w->g, *h = (real *)states[l->at] + row * S;
-  bit_linear(&l->f, to_f, f, w->codes);
-  bit_linear(&l->i, to_i, i, w->codes);
-  bit_linear(&l->g, w->y, g, w->codes);
-  const real *bound = l->bound, *gain = l->g_norm;
+"""
+
+# %% ../../nbs/kernels/ternary_decode.ipynb #3b7ce914
+_RECUR_C = r"""
+static void recur(const block *l, real *f, const real *i, real *g, real *h) {
+  const int64_t S = l->state;
+  const real *bound = l->lower_bound, *gain = l->g_norm;
   #pragma omp simd
   for (int64_t d = 0; d < S; d++) f[d] = 1 / (1 + exp_(-f[d]));
   if (bound) for (int64_t d = 0; d < S; d++) f[d] = bound[d] + (1 - bound[d]) * f[d];
@@ -278,38 +368,76 @@ static void run_block(const block *l, real *x, void *const *states, int64_t row,
     h[d] = new;
     g[d] = g[d] * r * gain[d] * silu(new);
   }
-  bit_linear(&l->o, g, w->y, w->codes);
+}
+"""
+
+# %% ../../nbs/kernels/ternary_decode.ipynb #5a0df6c2
+_BLOCK_C = r"""
+static void add(real *x, const real *y, int64_t W) {
   #pragma omp simd
-  for (int64_t d = 0; d < W; d++) x[d] += w->y[d];
+  for (int64_t d = 0; d < W; d++) x[d] += y[d];
+}
+static void run_block(const block *l, real *x, void *const *states, int64_t row, const workspace *w) {
+  const int64_t W = l->width, M = l->ff, past = row * (l->taps - 1) * W;
+  norm(x, l->attn_norm, w->y, W, l->eps);
+  const real *to_f = w->y, *to_i = w->y;
+  if (l->taps) {
+    convolve(w->y, l->conv[0], (real *)states[l->first_state + 1] + past, w->u, W, l->taps);
+    to_f = to_i = w->u;
+    if (l->conv[1]) {
+      convolve(w->y, l->conv[1], (real *)states[l->first_state + 2] + past, w->v, W, l->taps);
+      to_i = w->v;
+    }
+  }
+  bit_linear(&l->f, to_f, w->f, w->codes);
+  bit_linear(&l->i, to_i, w->i, w->codes);
+  bit_linear(&l->g, w->y, w->g, w->codes);
+  recur(l, w->f, w->i, w->g, (real *)states[l->first_state] + row * l->state);
+  bit_linear(&l->o, w->g, w->y, w->codes);
+  add(x, w->y, W);
   norm(x, l->mlp_norm, w->y, W, l->eps);
   real *a = w->wide;
   bit_linear(&l->gate, w->y, a, w->codes);
   #pragma omp simd
   for (int64_t d = 0; d < M; d++) a[d] = silu(a[d]) * a[M + d];
   bit_linear(&l->down, a, w->y, w->codes);
-  #pragma omp simd
-  for (int64_t d = 0; d < W; d++) x[d] += w->y[d];
+  add(x, w->y, W);
 }
+"""
+
+# %% ../../nbs/kernels/ternary_decode.ipynb #92fe60d4
+_ROUTER_C = r"""
 static void unit(real *x, int64_t D) {
   real length = SQRT(mean_square(x, D) * (real)D);
   if (length < (real)1e-12) length = (real)1e-12;
   for (int64_t d = 0; d < D; d++) x[d] /= length;
 }
-static void run_stage(const stage *s, void *const *states, int64_t row, real *prob, const room *w) {
+static real boundary(const stage *s, const real *x, void *const *states, int64_t row, const workspace *w) {
   const int64_t W = s->width;
-  real *x = s->x;
+  real *q = w->u, *k = w->v, *query = (real *)states[s->first_state] + row * W, dot = 0;
+  uint8_t *has_query = (uint8_t *)states[s->first_state + 1] + row;
+  dense(s->query, x, q, W, W);
+  dense(s->key, x, k, W, W);
+  unit(q, W);
+  unit(k, W);
+  for (int64_t d = 0; d < W; d++) dot += query[d] * k[d];
+  const real p = *has_query ? (1 - dot) / 2 : 1;
+  memcpy(query, q, W * sizeof(real));
+  *has_query = 1;
+  return p < 0 ? 0 : p > 1 ? 1 : p;
+}
+"""
+
+# %% ../../nbs/kernels/ternary_decode.ipynb #c4e05b91
+_STAGE_C = r"""
+static void run_stage(const stage *s, void *const *states, int64_t row, real *prob, const workspace *w) {
+  const int64_t W = s->width;
+  real *x = s->x, *q = w->u;
   if (s->pad) memcpy(x + s->outer, s->pad, (W - s->outer) * sizeof(real));
   for (int64_t k = 0; k < s->count; k++) run_block(s->blocks + k, x, states, row, w);
   norm(x, s->norm, x, W, s->eps);
   if (!s->inner) return;
-  real *q = w->u, *k = w->v, *query = (real *)states[s->at] + row * W, *chunk = (real *)states[s->at + 2] + row * W, dot = 0;
-  uint8_t *seen = (uint8_t *)states[s->at + 1] + row;
-  dense(s->query, x, q, W, W); dense(s->key, x, k, W, W);
-  unit(q, W); unit(k, W);
-  for (int64_t d = 0; d < W; d++) dot += query[d] * k[d];
-  real p = *seen ? (1 - dot) / 2 : 1;
-  p = p < 0 ? 0 : p > 1 ? 1 : p;
-  memcpy(query, q, W * sizeof(real)); *seen = 1; *prob = p;
+  real p = *prob = boundary(s, x, states, row, w), *chunk = (real *)states[s->first_state + 2] + row * W;
   if (p > (real)0.5) {
     real *z = s->inner->x;
     memcpy(z, x, W * sizeof(real));
@@ -322,8 +450,12 @@ static void run_stage(const stage *s, void *const *states, int64_t row, real *pr
   for (int64_t b = 0; b < s->decoders; b++) run_block(s->decoder + b, x, states, row, w);
   norm(x, s->decoder_norm, x, W, s->eps);
 }
-// ids: [batch]; embedding, head: [vocabulary][width]; states: [of each kind][batch]..., written in place; logits: [batch][vocabulary]; prob: [batch][depth], zeros
-void ternary_step(const stage *s, const room *w, const int64_t *ids, const real *embedding, const real *head, void *const *states, real *logits, real *prob,
+"""
+
+# %% ../../nbs/kernels/ternary_decode.ipynb #b90c6f3a
+_STEP_C = r"""
+void ternary_step(const stage *s, const workspace *w, const int64_t *ids, const real *embedding,
+                  const real *head, void *const *states, real *logits, real *prob,
                   int64_t batch, int64_t vocabulary, int64_t depth) {
   for (int64_t row = 0; row < batch; row++) {
     memcpy(s->x, embedding + ids[row] * s->width, s->width * sizeof(real));
@@ -332,108 +464,165 @@ void ternary_step(const stage *s, const room *w, const int64_t *ids, const real 
   }
 }
 """
-TERNARY_STEP_C = {torch.float32: "typedef float real;\n" + _STEP_C, torch.float64: "#define DOUBLE\ntypedef double real;\n" + _STEP_C}
+_TERNARY_C = _DENSE_C + _ROWS_VNNI_C + _SUMS_VNNI_C + _ROWS_OTHER_C + _PRODUCT_C + _BIT_LINEAR_C
+_MODEL_C = _CONVOLVE_C + _RECUR_C + _BLOCK_C + _ROUTER_C + _STAGE_C + _STEP_C
+_SOURCE_C = _TYPES_C + _MATH_C + _TERNARY_C + _MODEL_C
+TERNARY_STEP_C = {torch.float32: "typedef float real;\n" + _SOURCE_C,
+                  torch.float64: "#define DOUBLE\ntypedef double real;\n" + _SOURCE_C}
 
 # %% ../../nbs/kernels/ternary_decode.ipynb #7f1a948e
 _pointer, _int, _real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
+_MATRICES = ("f", "i", "g", "o", "gate", "down")
+
+def _fields(kind, *names): return [(name, kind) for name in names]
 
 class _Linear(ctypes.Structure):
-    _fields_ = [("packed", _pointer), ("gain", _pointer), ("scale", _real), ("eps", _real), ("inputs", _int), ("outputs", _int)]
+    _fields_ = [*_fields(_pointer, "packed", "gain"), *_fields(_real, "scale", "eps"),
+                *_fields(_int, "inputs", "outputs")]
 
 class _Block(ctypes.Structure):
-    _fields_ = [*((name, _Linear) for name in ("f", "i", "g", "o", "gate", "down")), *((name, _pointer) for name in ("attn_norm", "mlp_norm", "g_norm", "bound")), ("conv", _pointer * 2),
-                ("eps", _real), *((name, _int) for name in ("taps", "width", "state", "ff", "at"))]
+    _fields_ = [*_fields(_Linear, *_MATRICES),
+                *_fields(_pointer, "attn_norm", "mlp_norm", "g_norm", "lower_bound"),
+                ("conv", _pointer * 2), ("eps", _real),
+                *_fields(_int, "taps", "width", "state", "ff", "first_state")]
 
 class _Stage(ctypes.Structure):
-    _fields_ = [*((name, _pointer) for name in ("blocks", "decoder", "inner", "norm", "pad", "query", "key", "residual", "decoder_norm", "x")), ("eps", _real),
-                *((name, _int) for name in ("count", "decoders", "width", "outer", "at"))]
+    _fields_ = [*_fields(_pointer, "blocks", "decoder", "inner", "norm", "pad", "query", "key",
+                         "residual", "decoder_norm", "x"), ("eps", _real),
+                *_fields(_int, "count", "decoders", "width", "outer", "first_state")]
 
-class _Room(ctypes.Structure):
-    _fields_ = [(name, _pointer) for name in ("codes", "y", "u", "v", "f", "i", "g", "wide")]
+class _Workspace(ctypes.Structure):
+    _fields_ = _fields(_pointer, "codes", "y", "u", "v", "f", "i", "g", "wide")
 
-def pack_fours(codes: Tensor) -> Tensor:
-    "int8 codes −1, 0, 1 `(O, D)` → uint8 `(⌈O/4⌉, 64·⌈D/64⌉)`: a byte holds one column of four rows, the first in the lowest bits."
-    rows = F.pad(codes, (0, -codes.shape[1] % 64, 0, -codes.shape[0] % 4)).view(-1, 4, codes.shape[1] + -codes.shape[1] % 64)
-    return ((rows + 1).to(torch.uint8) << torch.tensor([0, 2, 4, 6], dtype=torch.uint8).view(4, 1)).sum(1, dtype=torch.uint8)
+# %% ../../nbs/kernels/ternary_decode.ipynb #04b8ef6d
+class _Memory:
+    """What the structures point to: tensors of one dtype, other structures, and the packed
+    matrices."""
 
-def _matrices(block): return [getattr(block, name) for name in ("f", "i", "g", "o", "gate", "down")]   # views: what is set in them is set in the block
+    def __init__(self, dtype: torch.dtype):
+        self.dtype, self.linears, self._kept, self._packed = dtype, [], [], []
 
-class TernaryStep:
-    """One byte per row through the whole model: `step(ids, states)` → logits `(batch, vocabulary)` and the boundary probabilities `(batch, depth)`, 0 where a stage was not reached.
+    def keep(self, thing):
+        self._kept.append(thing)
+        return thing
 
-    `ids (batch,)`; `embedding`, `head` `(vocabulary, width)`; `states` of `stage.state_shapes()`, the batch first, contiguous, are written in place. All tensors float32, or all float64, on the CPU. The matrices are
-    packed once, here; norms, embedding and head are read where they are. Without a compiler it computes by the definition. Not for two threads at once: it works on memory of its own."""
+    def address(self, tensor: Tensor | None) -> int | None:
+        "Where the numbers of a tensor are; none for none."
+        if tensor is None: return None
+        return self.keep(tensor.detach().to(self.dtype).contiguous()).data_ptr()
+
+    def linear(self, m: StepLinear) -> _Linear:
+        self._packed.append(pack_fours(m.codes))
+        outputs, inputs = m.codes.shape
+        return _Linear(None, self.address(m.gain), float(m.scale), m.eps, inputs, outputs)
+
+    def place_matrices(self) -> None:
+        "`linears`, in the order in which they were made, learn where their codes are."
+        if not self._packed: return
+        address = self.keep(torch.cat([packed.flatten() for packed in self._packed])).data_ptr()
+        for packed, linear in zip(self._packed, self.linears):
+            linear.packed = address
+            address += packed.numel()
+        self._packed = []
+
+# %% ../../nbs/kernels/ternary_decode.ipynb #6b17f0d8
+def _fill_block(b: StepBlock, first_state: int, memory: _Memory) -> _Block:
+    linears = [memory.linear(getattr(b, name)) for name in _MATRICES]
+    tensors = [memory.address(t) for t in (b.attn_norm, b.mlp_norm, b.g_norm, b.lower_bound)]
+    convs, taps = [memory.address(w) for w in b.convs], b.convs[0].shape[1] if b.convs else 0
+    state, width = b.f.codes.shape
+    return _Block(*linears, *tensors, (_pointer * 2)(*convs), b.eps, taps, width, state,
+                  b.down.codes.shape[1], first_state)
+
+def _fill_blocks(blocks: list, first_state: int, memory: _Memory) -> tuple[int | None, int]:
+    "The address of an array of blocks, and the number of the state after theirs."
+    filled = []
+    for block in blocks:
+        filled.append(_fill_block(block, first_state, memory))
+        first_state += len(block.state_shapes())
+    array = memory.keep((_Block * len(filled))(*filled))
+    memory.linears += [getattr(block, name) for block in array for name in _MATRICES]
+    return ctypes.addressof(array) if filled else None, first_state
+
+def _fill_stage(s: StepStage, first_state: int, outer: int, memory: _Memory) -> tuple[_Stage, int]:
+    "A stage inside one that is `outer` wide, and the number of the state after its own."
+    width, inner, decoder = s.norm.shape[0], None, None
+    blocks, router_state = _fill_blocks(s.blocks, first_state, memory)
+    next_state = router_state
+    if s.inner is not None:
+        stage, next_state = _fill_stage(s.inner, router_state + 3, width, memory)
+        inner = ctypes.addressof(stage)
+        decoder, next_state = _fill_blocks(s.decoder, next_state, memory)
+    tensors = [memory.address(t) for t in (s.norm, s.pad, s.query, s.key, s.residual, s.decoder_norm)]
+    x = memory.address(torch.zeros(width, dtype=memory.dtype))
+    stage = _Stage(blocks, decoder, inner, *tensors, x, s.eps, len(s.blocks), len(s.decoder), width, outer,
+                   router_state)
+    return memory.keep(stage), next_state
+
+# %% ../../nbs/kernels/ternary_decode.ipynb #e93d50cf
+class _Plan:
+    "All that the C function is given of a model."
 
     def __init__(self, embedding: Tensor, stage: StepStage, head: Tensor):
-        self.embedding, self.stage, self.head, self.depth = embedding.detach(), stage, head.detach(), stage.depth()
-        self.dtype = embedding.dtype
-        self._plan = self._c = None
+        self._memory = memory = _Memory(embedding.dtype)
+        self.embedding, self.head = _pointer(memory.address(embedding)), _pointer(memory.address(head))
+        filled, _ = _fill_stage(stage, 0, embedding.shape[1], memory)
+        memory.place_matrices()
+        sizes = [max(m.inputs, m.outputs) for m in memory.linears]
+        widest = max([*sizes, *(s.norm.shape[0] for s in stage.stages())]) + 64
+        codes = memory.keep(torch.zeros(widest, dtype=torch.int8))
+        rows = memory.keep(torch.zeros(7, widest, dtype=embedding.dtype))
+        workspace = _Workspace(codes.data_ptr(), *(row.data_ptr() for row in rows))
+        self.stage, self.workspace = ctypes.byref(filled), ctypes.byref(memory.keep(workspace))
+        self.run = load_c(TERNARY_STEP_C[embedding.dtype], "ternary_step").ternary_step
+
+# %% ../../nbs/kernels/ternary_decode.ipynb #8bd4e19f
+class TernaryStep:
+    """One byte per row through the whole model: `step(ids, states)` → logits `(batch, vocabulary)`
+    and the boundary probabilities `(batch, depth)`, 0 where a stage was not reached.
+
+    `ids (batch,)`; `embedding`, `head` `(vocabulary, width)`; `states` of `stage.state_shapes()`,
+    the batch first, contiguous, are written in place. All tensors float32, or all float64, on the
+    CPU. The matrices are packed once, here; norms, embedding and head are read where they are.
+    Without a compiler it computes by the definition. Not for two threads at once: it works on
+    memory of its own."""
+
+    def __init__(self, embedding: Tensor, stage: StepStage, head: Tensor):
+        self.embedding, self.stage, self.head = embedding.detach(), stage, head.detach()
+        self.dtype, self.depth, self._plan, self._in_c = embedding.dtype, stage.depth(), None, None
 
     def new_states(self, batch: int) -> list[Tensor]:
         "Zeros: the states before the first byte."
-        return [torch.zeros(batch, *shape, dtype=self.dtype if shape else torch.bool) for shape in self.stage.state_shapes()]
-
-    def _prepare(self):
-        kept, matrices, arrays = [], [], []
-        def address(tensor):
-            if tensor is None: return None
-            kept.append(tensor := tensor.detach().to(self.dtype).contiguous())
-            return tensor.data_ptr()
-        def linear(m):
-            matrices.append(pack_fours(m.codes))
-            return _Linear(None, address(m.gain), float(m.scale), m.eps, m.codes.shape[1], m.codes.shape[0])
-        def blocks(many, at):
-            made = []
-            for b in many:
-                convs, (outputs, width) = [address(w) for w in b.convs], b.f.codes.shape
-                made.append(_Block(*(linear(m) for m in (b.f, b.i, b.g, b.o, b.gate, b.down)), *map(address, (b.attn_norm, b.mlp_norm, b.g_norm, b.bound)),
-                                   (_pointer * 2)(*convs), b.eps, b.convs[0].shape[1] if convs else 0, width, outputs, b.down.codes.shape[1], at))
-                at += 1 + len(convs)
-            array = (_Block * len(made))(*made)
-            kept.append(array)
-            arrays.append(array)
-            return array, at
-        def build(s, at, outer):
-            width = s.norm.shape[0]
-            first, at = blocks(s.blocks, at)
-            here, inner, last = at, None, (_Block * 0)()
-            if s.inner is not None:
-                inner, at = build(s.inner, at + 3, width)
-                last, at = blocks(s.decoder, at)
-            kept.append(x := torch.zeros(width, dtype=self.dtype))
-            stage = _Stage(ctypes.addressof(first) if len(first) else None, ctypes.addressof(last) if len(last) else None, None if inner is None else ctypes.addressof(inner), *map(address, (s.norm, s.pad, s.query, s.key, s.residual, s.decoder_norm)),
-                           x.data_ptr(), s.eps, len(first), len(last), width, outer, here)
-            kept.append(stage)
-            return stage, at
-        stage, _ = build(self.stage, 0, self.stage.norm.shape[0])
-        weights = torch.cat([m.flatten() for m in matrices]) if matrices else torch.empty(0)
-        place, widest = weights.data_ptr(), max([self.embedding.shape[1], *(max(m.inputs, m.outputs) for array in arrays for b in array for m in _matrices(b))])
-        for packed, m in zip(matrices, (m for array in arrays for b in array for m in _matrices(b))):
-            m.packed = place
-            place += packed.numel()
-        scratch, codes = torch.zeros(7, widest + 64, dtype=self.dtype), torch.zeros(widest + 64, dtype=torch.int8)
-        space = _Room(codes.data_ptr(), *(row.data_ptr() for row in scratch))
-        run = load_c(TERNARY_STEP_C[self.dtype], "ternary_step").ternary_step
-        self._plan = run, (ctypes.byref(stage), ctypes.byref(space)), (address(self.embedding), address(self.head)), (kept, weights, scratch, codes)
+        return [torch.zeros(batch, *shape, dtype=self.dtype if shape else torch.bool)
+                for shape in self.stage.state_shapes()]
 
     def runs_in_c(self) -> bool:
-        "Whether the C path is there: a type it knows, on the CPU, sums that fit 32 bits, a compiler, and no torch.compile that traces."
-        if self._c is None:
-            widths = [m.codes.shape[1] for s in self._stages() for b in (*s.blocks, *s.decoder) for m in b[:6]]
-            self._c = self.dtype in TERNARY_STEP_C and self.embedding.device.type == "cpu" and max(widths, default=0) < 90_000 and load_c(TERNARY_STEP_C[self.dtype], "ternary_step") is not None
-        return self._c and not torch.compiler.is_compiling()
+        """Whether the C path is there: a type it knows, on the CPU, sums that fit 32 bits, a
+        compiler, and no torch.compile that traces."""
+        if self._in_c is None: self._in_c = self._can_run_in_c()
+        return self._in_c and not torch.compiler.is_compiling()
 
-    def _stages(self):
-        stage = self.stage
-        while stage is not None: yield stage; stage = stage.inner
+    def _can_run_in_c(self) -> bool:
+        if self.dtype not in TERNARY_STEP_C or self.embedding.device.type != "cpu": return False
+        blocks = [b for s in self.stage.stages() for b in (*s.blocks, *s.decoder)]
+        inputs = [getattr(b, name).codes.shape[1] for b in blocks for name in _MATRICES]
+        if max(inputs, default=0) >= 90_000: return False
+        return load_c(TERNARY_STEP_C[self.dtype], "ternary_step") is not None
 
     def __call__(self, ids: Tensor, states: list[Tensor]) -> tuple[Tensor, Tensor]:
-        if not self.runs_in_c(): return ternary_step_reference(ids, self.embedding, self.stage, self.head, states)
-        if self._plan is None: self._prepare()
+        if not self.runs_in_c():
+            return ternary_step_reference(ids, self.embedding, self.stage, self.head, states)
+        if self._plan is None: self._plan = _Plan(self.embedding, self.stage, self.head)
+        return self._run(self._plan, ids, states)
+
+    def _run(self, plan, ids, states):
         (batch,), vocabulary, tokens = ids.shape, self.head.shape[0], ids.tolist()
-        if not 0 <= min(tokens) <= max(tokens) < vocabulary: raise IndexError(f"ids {tokens}: the model knows 0 to {vocabulary - 1}")
-        logits, prob = torch.empty(batch, vocabulary, dtype=self.dtype), torch.zeros(batch, self.depth, dtype=self.dtype)
-        run, model, (embedding, head), _ = self._plan
-        run(*model, (_int * batch)(*tokens), _pointer(embedding), _pointer(head), (_pointer * len(states))(*[t.data_ptr() for t in states]),
-            _pointer(logits.data_ptr()), _pointer(prob.data_ptr()), _int(batch), _int(vocabulary), _int(self.depth))
+        if not 0 <= min(tokens) <= max(tokens) < vocabulary:
+            raise IndexError(f"ids {tokens}: the model knows 0 to {vocabulary - 1}")
+        logits = torch.empty(batch, vocabulary, dtype=self.dtype)
+        prob = torch.zeros(batch, self.depth, dtype=self.dtype)
+        addresses = (_pointer * len(states))(*[state.data_ptr() for state in states])
+        plan.run(plan.stage, plan.workspace, (_int * batch)(*tokens), plan.embedding, plan.head, addresses,
+                 _pointer(logits.data_ptr()), _pointer(prob.data_ptr()),
+                 _int(batch), _int(vocabulary), _int(self.depth))
         return logits, prob

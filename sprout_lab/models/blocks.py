@@ -6,7 +6,7 @@
 __all__ = ['softmax', 'cross_entropy', 'clip_gradients', 'AdamW', 'cosine_schedule_with_warmup', 'save_checkpoint',
            'load_checkpoint', 'BasicTransformerLM', 'Embedding', 'Linear', 'MultiHeadSelfAttention', 'RMSNorm',
            'RotaryPositionalEmbedding', 'SiLUFeedForward', 'SwiGLU', 'TransformerBlock', 'TransformerConfig',
-           'TransformerForCausalLM', 'scaled_dot_product_attention', 'get_batch']
+           'TransformerForCausalLM', 'scaled_dot_product_attention', 'silu', 'get_batch']
 
 # %% ../../nbs/models/blocks.ipynb #a223e0cd
 import io
@@ -25,10 +25,10 @@ from ..configs import ConfigError
 from ..data.tokens import get_batch
 from .transformer import (
     BasicTransformerLM, Embedding, Linear, MultiHeadSelfAttention, RMSNorm, RotaryPositionalEmbedding, SiLUFeedForward, SwiGLU, TransformerBlock,
-    TransformerConfig, TransformerForCausalLM, scaled_dot_product_attention)
+    TransformerConfig, TransformerForCausalLM, scaled_dot_product_attention, silu)
 
 _all_ = ["BasicTransformerLM", "Embedding", "Linear", "MultiHeadSelfAttention", "RMSNorm", "RotaryPositionalEmbedding", "SiLUFeedForward", "SwiGLU",
-         "TransformerBlock", "TransformerConfig", "TransformerForCausalLM", "scaled_dot_product_attention", "get_batch"]
+         "TransformerBlock", "TransformerConfig", "TransformerForCausalLM", "scaled_dot_product_attention", "silu", "get_batch"]
 
 # %% ../../nbs/models/blocks.ipynb #aee71e48
 def softmax(x: torch.Tensor, dim: int = -1) -> torch.Tensor:

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['tree_depths', 'children_of', 'subtree_of', 'tree_text', 'tree_dict', 'routing_entropy', 'SproutNodeConfig',
-           'check_history', 'SproutTreeConfig', 'SproutGrowthConfig', 'SproutConfig', 'Router', 'load_balancing_loss',
-           'TokenSelection', 'selected_attention', 'SproutNode', 'RoutingDecision', 'PathLog', 'SproutLayer',
-           'SproutCache', 'SproutPreTrainedModel', 'resolve_routing', 'SproutTree', 'Choice', 'Part', 'cut_groups',
-           'TreeWalk', 'SequenceGroup', 'SequenceWalk', 'TokenGroup', 'TokenGrid', 'TokenWalk', 'CountingTree',
-           'ReportingTree', 'ReportingMixin', 'GrowthEvent', 'check_growth', 'add_child', 'register_parameters',
-           'forget_parameters', 'remove_nodes', 'PruningMixin', 'GrowthMixin', 'TreeMixin', 'SproutModelOutput',
-           'SproutModel', 'MaskedHead', 'token_loss', 'SproutOutput', 'SproutForMaskedLM', 'TreeGenerationMixin',
+           'check_history', 'SproutTreeConfig', 'SproutGrowthConfig', 'SproutRoutingConfig', 'SproutConfig', 'Router',
+           'load_balancing_loss', 'TokenSelection', 'selected_attention', 'SproutNode', 'RoutingDecision', 'PathLog',
+           'SproutLayer', 'SproutCache', 'SproutPreTrainedModel', 'resolve_routing', 'SproutTree', 'Choice', 'Part',
+           'cut_groups', 'TreeWalk', 'SequenceGroup', 'SequenceWalk', 'TokenGroup', 'TokenGrid', 'TokenWalk',
+           'CountingTree', 'ReportingTree', 'ReportingMixin', 'GrowthEvent', 'check_growth', 'add_child',
+           'register_parameters', 'forget_parameters', 'remove_nodes', 'PruningMixin', 'GrowthMixin', 'TreeMixin',
+           'SproutModelOutput', 'SproutModel', 'MaskedHead', 'token_loss', 'SproutOutput', 'SproutForMaskedLM',
            'SproutForCausalLM', 'SproutLanguageModel', 'trace']
 
 # %% ../../nbs/models/sprout.ipynb #af6d50a0
@@ -23,19 +23,21 @@ import torch
 import torch.nn.functional as F
 from pydantic import BeforeValidator
 from torch import nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
 from ..configs import ALIASES, ConfigError, nearest, read_preset, setting
 from ..kernels.elementwise import rotary
-from .config import ModelConfig
+from .cache import KeyValueCache, KeyValueLayer, fork_rows
+from .causal import CausalGenerationMixin, check_cache, kept_positions
+from .config import LanguageModelConfig, ModelConfig
 from .transformer import (
-    Embedding, KeyValueCache, KeyValueLayer, Linear, MultiHeadSelfAttention, RMSNorm,
-    RotaryPositionalEmbedding, SwiGLU, attend, attention_bias)
+    Embedding, Linear, MultiHeadSelfAttention, RMSNorm, RotaryPositionalEmbedding, SwiGLU, attend,
+    attention_bias, check_columns, check_length)
 
-# %% ../../nbs/models/sprout.ipynb #f125ae7d
+# %% ../../nbs/models/sprout.ipynb #f87c57cd
 def tree_depths(parents: list[int]) -> list[int]:
     "Depth of every node of a tree in parent-index form; anything else is a `ConfigError`."
     integers = all(type(parent) is int for parent in parents)
@@ -51,7 +53,7 @@ def _no_tree(parents) -> str:
     return (f"tree={parents}: the parent of every node is needed, -1 for the root and an earlier "
             "node for each other, as in [-1, 0, 0, 1]")
 
-# %% ../../nbs/models/sprout.ipynb #e62d313e
+# %% ../../nbs/models/sprout.ipynb #541ff4e3
 def children_of(parents: list[int], node_id: int) -> list[int]:
     "Ids of a node's children, oldest first."
     return [i for i, parent in enumerate(parents) if parent == node_id]
@@ -61,7 +63,7 @@ def subtree_of(parents: list[int], node_id: int) -> list[int]:
     below = [subtree_of(parents, child) for child in children_of(parents, node_id)]
     return [node_id, *(i for ids in below for i in ids)]
 
-# %% ../../nbs/models/sprout.ipynb #40b8461f
+# %% ../../nbs/models/sprout.ipynb #25c77a6b
 def tree_text(parents: list[int], usage: list[int]) -> str:
     "A tree as lines of text; a node's number counts among its siblings. `usage`: of every node."
     depths, lines = tree_depths(parents), ["=== SPROUT Structure ==="]
@@ -93,7 +95,7 @@ def routing_entropy(parents: list[int], usage: list[int]) -> dict[int, float]:
         entropy[node_id] = -sum(share * math.log2(share) for share in shares) + 0.0   # no -0
     return entropy
 
-# %% ../../nbs/models/sprout.ipynb #9606f434
+# %% ../../nbs/models/sprout.ipynb #998152af
 class SproutNodeConfig(ModelConfig):
     "Shape of a node, and of the embedding and the positions that all nodes share."
     vocab_size: Annotated[int, setting(
@@ -131,7 +133,7 @@ class SproutNodeConfig(ModelConfig):
             raise ConfigError(f"{width} over {heads} gives heads of {head_dim} channels; "
                               "rotary positions need an even number")
 
-# %% ../../nbs/models/sprout.ipynb #0d1061c6
+# %% ../../nbs/models/sprout.ipynb #936de05b
 def _parents(value):
     "A tree as files and flags write it: `[-1, 0, 0]`, `[\"[-1, 0, 0]\"]`, `[\"-1\", \"0\", \"0\"]`."
     value = _from_json(value)
@@ -146,7 +148,7 @@ def _from_json(value):
     try: return json.loads(value[0])
     except (ValueError, RecursionError): return value
 
-# %% ../../nbs/models/sprout.ipynb #8a6e9620
+# %% ../../nbs/models/sprout.ipynb #81774184
 _EVENT_FIELDS = {"node_id": int, "depth": int, "action": str, "tree": list, "usage": list,
                  "child_id": int, "compatibility": float, "threshold": float, "copied_from": int,
                  "step": int}
@@ -175,7 +177,7 @@ def _wrong_in_event(event) -> str | None:
         return "has a usage that is no count per node of its tree"
     return None
 
-# %% ../../nbs/models/sprout.ipynb #b0385af5
+# %% ../../nbs/models/sprout.ipynb #fdbe0df4
 class SproutTreeConfig(ModelConfig):
     "Limits of the tree, and how far it has grown (`tree`: the parent of every node)."
     max_depth: Annotated[int, setting(
@@ -203,7 +205,7 @@ class SproutTreeConfig(ModelConfig):
             raise ConfigError(f"max_depth={self.max_depth}: the tree is {levels} levels deep {remedy}")
         check_history(self.history)
 
-# %% ../../nbs/models/sprout.ipynb #3b266297
+# %% ../../nbs/models/sprout.ipynb #a73f91be
 class SproutGrowthConfig(ModelConfig):
     "When the tree grows, and when it loses a node again."
     compatibility_threshold: Annotated[float, setting(
@@ -230,19 +232,16 @@ class SproutGrowthConfig(ModelConfig):
     growth_state: Annotated[dict | None, setting(
         "What the growth policy remembers between its checks. Written by growth.")] = None
 
-# %% ../../nbs/models/sprout.ipynb #e4b2f0a4
-class SproutConfig(SproutGrowthConfig, SproutTreeConfig, SproutNodeConfig):
-    "A tree of nodes that grows: its nodes, its limits, its routers and its task."
-    model_type = "sprout"
-    keys_to_ignore_at_inference = ["past_key_values", "path_log", "num_nodes", "balance_loss"]
-    is_decoder: bool = False   # written by the models: a token sees only what came before it
-
+# %% ../../nbs/models/sprout.ipynb #b23123cc
+class SproutRoutingConfig(ModelConfig):
+    "How paths are chosen, and what is asked of the tree."
     routing: Annotated[Literal["sequence", "token", "batch"] | None, setting(
         "What takes a path: each sequence, each token, or the whole batch together; none is "
         "sequence, and token in a causal model.")] = None
     router: Annotated[Literal["learned", "blind", "open"], setting(
-        "learned: compatibility depends on the input; blind: one number per child (for comparison); "
-        "open: always 1 and the first child, so that a chain is a plain encoder.")] = "learned"
+        "learned: compatibility depends on the input; blind: one number per child (for "
+        "comparison); open: always 1 and the first child, so that a chain is a plain "
+        "encoder.")] = "learned"
     router_balance: Annotated[float, setting(
         "Weight of the loss that keeps siblings in use, in training only; 0 switches it off.",
         ge=0, le=10)] = 0.01
@@ -256,17 +255,15 @@ class SproutConfig(SproutGrowthConfig, SproutTreeConfig, SproutNodeConfig):
         "One matrix for the embedding and the last matrix of the head.")] = False
     use_cache: Annotated[bool, setting(
         "A causal model returns a key-value cache from a forward pass without labels.")] = True
-    bos_token_id: Annotated[int | None, setting("Token that begins a text.", ge=0)] = None
-    eos_token_id: Annotated[int | None, setting(
-        "Token that ends a text; generation stops there.", ge=0)] = None
-    pad_token_id: Annotated[int | None, setting("Token that fills up short rows.", ge=0)] = None
 
-    def check(self):
-        super().check()
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            token_id, size = getattr(self, name), self.vocab_size
-            if (token_id or 0) < size: continue
-            raise ConfigError(f"{name}={token_id} is outside vocab_size={size}; it must be below it")
+# %% ../../nbs/models/sprout.ipynb #e4b2f0a4
+class SproutConfig(SproutNodeConfig, SproutTreeConfig, SproutRoutingConfig, SproutGrowthConfig,
+                   LanguageModelConfig):
+    "A tree of nodes that grows: its nodes, its limits, its routers, when it grows, its tokens."
+    model_type = "sprout"
+    lora_targets = ("q_proj", "v_proj")
+    keys_to_ignore_at_inference = ["past_key_values", "path_log", "num_nodes", "balance_loss"]
+    is_decoder: bool = False   # written by the models: a token sees only what came before it
 
 # %% ../../nbs/models/sprout.ipynb #896bb649
 class Router(nn.Module):
@@ -307,7 +304,7 @@ class Router(nn.Module):
         weight = weight / weight.sum(1, keepdim=True).clamp(min=1)
         return torch.einsum("btd,bt->bd", hidden_states, weight)
 
-# %% ../../nbs/models/sprout.ipynb #bbce608e
+# %% ../../nbs/models/sprout.ipynb #49e17d41
 def load_balancing_loss(router_logits, chosen_child):
     """How unevenly siblings are used, from scores `(n, children)` and choices `(n,)`: 0 when all
     share equally, up to the number of children less one (Fedus et al., 2021, section 2.2, less
@@ -316,7 +313,7 @@ def load_balancing_loss(router_logits, chosen_child):
     traffic = F.one_hot(chosen_child, children).to(router_logits.dtype).mean(0)   # (children,)
     return children * (traffic * router_logits.softmax(-1).mean(0)).sum() - 1
 
-# %% ../../nbs/models/sprout.ipynb #fa1eb253
+# %% ../../nbs/models/sprout.ipynb #d54d4d05
 @dataclass
 class TokenSelection:
     """Tokens of a `(batch, length)` grid that entered a node's parent. `key_idx (keys,)`: their
@@ -347,7 +344,7 @@ class TokenSelection:
         rows = tensor.transpose(1, 2).reshape(cells, -1)
         return rows if len(flat_idx) == cells else rows[flat_idx]
 
-# %% ../../nbs/models/sprout.ipynb #3d2e6536
+# %% ../../nbs/models/sprout.ipynb #7e3f06ef
 def selected_attention(attention: MultiHeadSelfAttention, hidden_states, tokens: TokenSelection,
                        mask, past_key_values=None, layer_idx: int = 0,
                        attentions: list | None = None):
@@ -371,7 +368,7 @@ def selected_attention(attention: MultiHeadSelfAttention, hidden_states, tokens:
     mixed = attend(query, key, value, mask, False, dropout, attentions)
     return attention.o_proj(tokens.from_grid(mixed, query_idx))        # (queries, d)
 
-# %% ../../nbs/models/sprout.ipynb #f739bb0d
+# %% ../../nbs/models/sprout.ipynb #330a8166
 def _register_counts(node: nn.Module, d_model: int) -> None:
     """Give a node its counts. `usage`: sequences or tokens that ever came, in training. Since the
     last growth check: `arrived`, how many came; `compatibility`, the sum of the best child's;
@@ -425,7 +422,7 @@ class SproutNode(GradientCheckpointingLayer):
 
     def _drop(self, x): return F.dropout(x, self.dropout, self.training) if self.dropout else x
 
-# %% ../../nbs/models/sprout.ipynb #c0882de1
+# %% ../../nbs/models/sprout.ipynb #71341b99
 class RoutingDecision(NamedTuple):
     """What one router decided. `active_rows (n,)`: the examples (or flat tokens) that came, none
     for all; `chosen_child (n,)`: indices into `children`; `compatibility (n, children)`."""
@@ -517,11 +514,27 @@ class SproutLayer(KeyValueLayer):
         super().crop(tokens_to_remove)
         if self.key_mask is not None: self.key_mask = self.key_mask[:, :self.length]
 
+    def trim(self, columns: int):
+        super().trim(columns)
+        if self.key_mask is not None: self.key_mask = self.key_mask[:, columns:]
+
+    def fork(self, rows=None) -> "SproutLayer":
+        "An independent copy of `rows`, or of all."
+        copy, rows = fork_rows(self, rows), slice(None) if rows is None else rows
+        if self.key_mask is not None: copy.key_mask = self.key_mask[rows]
+        return copy
+
+    def join(self, other):
+        super().join(other)
+        masks = [layer.key_mask for layer in (self, other)]
+        padded = [F.pad(mask, (self.length - mask.shape[1], 0)) for mask in masks]   # on the left
+        self.key_mask = torch.cat(padded)
+
     def reset(self):
         super().reset()
         self.key_mask = None
 
-# %% ../../nbs/models/sprout.ipynb #8bed1455
+# %% ../../nbs/models/sprout.ipynb #58bdedfc
 class SproutCache(KeyValueCache):
     """The keys and values of all nodes; works with `generate` and with the decoding engine as the
     Transformer's does."""
@@ -532,14 +545,11 @@ class SproutCache(KeyValueCache):
 
     def fork(self, rows=None) -> "SproutCache":
         "An independent copy, of `rows` or of all."
-        copy = SproutCache(len(self.layers))
-        for layer, copied, made in zip(self.layers, copy.layers, super().fork(rows).layers):
-            copied.__dict__.update(made.__dict__)
-            whole = rows is None or layer.key_mask is None
-            copied.key_mask = layer.key_mask if whole else layer.key_mask[rows]
+        copy = SproutCache(0)
+        copy.layers = [layer.fork(rows) for layer in self.layers]
         return copy
 
-# %% ../../nbs/models/sprout.ipynb #5f050f1c
+# %% ../../nbs/models/sprout.ipynb #e2b31c33
 class SproutPreTrainedModel(PreTrainedModel):
     "What the models share: how weights start, and what Hugging Face needs to know."
     config_class = SproutConfig
@@ -580,7 +590,7 @@ class SproutPreTrainedModel(PreTrainedModel):
         # `sync` adds them up; data parallel training must not overwrite them with the first process's
         return [name for name, _ in self.named_buffers()]
 
-# %% ../../nbs/models/sprout.ipynb #2692595f
+# %% ../../nbs/models/sprout.ipynb #843d24a8
 def resolve_routing(config: SproutConfig, causal: bool) -> str:
     """What takes a path, `sequence`, `token` or `batch`: the configuration's `routing`, or what
     suits the objective. A causal tree must not look ahead."""
@@ -589,7 +599,7 @@ def resolve_routing(config: SproutConfig, causal: bool) -> str:
     raise ConfigError(f"routing={routing!r}: a causal tree must not choose a path by what follows; "
                       "use routing=token")
 
-# %% ../../nbs/models/sprout.ipynb #a5c5b229
+# %% ../../nbs/models/sprout.ipynb #ffa57776
 def _match_node(node: SproutNode, other: SproutNode) -> SproutNode:
     "Give a node the device, the precision and the gradient checkpointing of another; returns it."
     node.gradient_checkpointing = other.gradient_checkpointing
@@ -650,7 +660,7 @@ class SproutTree(SproutPreTrainedModel):
     def children_of(self, node_id: int) -> list[int]: return children_of(self.parents, node_id)
     def subtree_of(self, node_id: int) -> list[int]: return subtree_of(self.parents, node_id)
 
-# %% ../../nbs/models/sprout.ipynb #5774e75e
+# %% ../../nbs/models/sprout.ipynb #6a311d0e
 class Choice(NamedTuple):
     """What a node's router said of its group: the index `(n,)` of the chosen child and its gate
     `(n,)`."""
@@ -666,7 +676,7 @@ class Part(NamedTuple):
     rows: torch.Tensor | None
     gate: torch.Tensor
 
-# %% ../../nbs/models/sprout.ipynb #ab086ed7
+# %% ../../nbs/models/sprout.ipynb #d1143bf8
 def cut_groups(children: list[list[int]], choices: list[Choice], every: bool = False) -> list[Part]:
     """Cut a level's groups by their choices. `children`: of every node; `choices`: one per group.
     Returns a part for each child that somebody chose (or for `every` child), in order of their
@@ -693,7 +703,7 @@ def cut_groups(children: list[list[int]], choices: list[Choice], every: bool = F
         begin += count
     return parts
 
-# %% ../../nbs/models/sprout.ipynb #40eedea3
+# %% ../../nbs/models/sprout.ipynb #736960ce
 def _child_keys(children: list[SproutNode], router_inputs):
     """The keys of some nodes, `(children, d)`, where `router_inputs (n, d)` are; zeros where
     nothing is compared."""
@@ -706,7 +716,7 @@ def _loaded_key(node: SproutNode):
     from accelerate.utils import align_module_device
     with align_module_device(node): return node.key.detach().clone()
 
-# %% ../../nbs/models/sprout.ipynb #0cb49b63
+# %% ../../nbs/models/sprout.ipynb #9a3ff3f4
 def _touch_idle(nodes, traffic: dict, routed: dict, hidden_states):
     """Let the parameters of nodes without `traffic`, and of routers that were not asked (not in
     `routed`), have a part in `hidden_states` that is zero."""
@@ -719,7 +729,7 @@ def _touch_idle(nodes, traffic: dict, routed: dict, hidden_states):
     if not idle: return hidden_states
     return hidden_states + 0.0 * torch.stack([p.flatten()[0] for p in idle]).sum()
 
-# %% ../../nbs/models/sprout.ipynb #f8825615
+# %% ../../nbs/models/sprout.ipynb #135c5257
 class TreeWalk:
     """One pass of a batch down a tree. `traffic`: node → how many came; `routed`: node → (gates
     `(n,)`, queries `(n, d)`) in training; `balance_loss`: of all routers, or none. `attentions`
@@ -769,7 +779,7 @@ class TreeWalk:
         if not self.training: return hidden_states
         return _touch_idle(self.nodes, self.traffic, self.routed, hidden_states)
 
-# %% ../../nbs/models/sprout.ipynb #60de4479
+# %% ../../nbs/models/sprout.ipynb #4b67e712
 def _take_rows(tensor, rows):
     "`tensor[rows]`; where either is none, the tensor as it is."
     return tensor if tensor is None or rows is None else tensor[rows]
@@ -785,7 +795,7 @@ def _gather_rows(parts: list[tuple]):
     rows = torch.cat([rows for _, rows in parts])
     return torch.cat([tensor for tensor, _ in parts])[rows.argsort()]
 
-# %% ../../nbs/models/sprout.ipynb #ff69d563
+# %% ../../nbs/models/sprout.ipynb #c4ee1810
 @dataclass
 class SequenceGroup:
     """The examples at one node: `hidden_states (n, length, d)` of `active_rows (n,)` of the batch
@@ -860,7 +870,7 @@ class SequenceWalk(TreeWalk):
         gate = group.gate[:, None, None].to(hidden_states.dtype)
         return hidden_states + gate * (output - hidden_states)
 
-# %% ../../nbs/models/sprout.ipynb #b25adc25
+# %% ../../nbs/models/sprout.ipynb #b4ab789b
 @dataclass
 class TokenGroup:
     """The tokens at one node: `key_idx (keys,)`, flat indices of all that entered its parent;
@@ -871,7 +881,7 @@ class TokenGroup:
     query_idx: torch.Tensor | None = None
     gate: torch.Tensor | None = None
 
-# %% ../../nbs/models/sprout.ipynb #7bd4ae3c
+# %% ../../nbs/models/sprout.ipynb #dd76e95e
 class TokenGrid:
     """The `(batch, length)` tokens of a walk and the `past` columns before them. `attention_mask
     (batch, past+length)`: true where there is a token, or none; `cos_sin`: of the positions,
@@ -911,7 +921,7 @@ class TokenGrid:
         "`tensor (batch·length, ...)` at `flat_idx (n,)`."
         return tensor if len(flat_idx) == self.size else tensor[flat_idx]
 
-# %% ../../nbs/models/sprout.ipynb #9ef25141
+# %% ../../nbs/models/sprout.ipynb #3b8b3c06
 def _token_mask(grid: TokenGrid, group: TokenGroup):
     """Who sees whom at a node, `(batch, 1, length, columns)`; none where all see all. Padding
     looks at itself: its numbers are not used, but must not be NaN."""
@@ -933,7 +943,7 @@ def _skip_layers(grid: TokenGrid, visited: set, num_heads: int, like) -> None:
         layer.extend_mask(nobody)
         layer.update(empty, empty)
 
-# %% ../../nbs/models/sprout.ipynb #b0c5051e
+# %% ../../nbs/models/sprout.ipynb #23c1d49a
 def _scatter_tokens(flat, outputs: list[tuple]):
     """`flat (batch·length, d)` with the tokens of all groups replaced: (their indices `(n,)`,
     states `(n, d)`) of each."""
@@ -941,7 +951,7 @@ def _scatter_tokens(flat, outputs: list[tuple]):
     indices = torch.cat([active_rows for active_rows, _ in outputs])
     return flat.index_copy(0, indices, torch.cat([states for _, states in outputs]).to(flat.dtype))
 
-# %% ../../nbs/models/sprout.ipynb #6458cb47
+# %% ../../nbs/models/sprout.ipynb #1ae4e072
 class TokenWalk(TreeWalk):
     "A walk on which every token takes a path of its own."
 
@@ -999,7 +1009,7 @@ class TokenWalk(TreeWalk):
         before = tokens.queries_of(hidden_states)
         return active_rows, before + group.gate[:, None].to(before.dtype) * (output - before)
 
-# %% ../../nbs/models/sprout.ipynb #5843dc0f
+# %% ../../nbs/models/sprout.ipynb #5a8a64cf
 def _world_size() -> int:
     "How many processes train together."
     alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
@@ -1013,7 +1023,7 @@ def _add_over_processes(counts: list[torch.Tensor], before: list[torch.Tensor]) 
     for now, then, more in zip(counts, before, total.split([len(n) for n in new])):
         now.copy_(then + more.view(then.shape).to(then.dtype))
 
-# %% ../../nbs/models/sprout.ipynb #b61867fd
+# %% ../../nbs/models/sprout.ipynb #d97760f2
 class CountingTree(SproutTree):
     "A tree that counts who came where in training, and tells of it."
 
@@ -1057,7 +1067,7 @@ class CountingTree(SproutTree):
         steps = torch.arange(max(0, length - min(window, size)), length, device=self.trend.device)
         return self.trend[steps % size]
 
-# %% ../../nbs/models/sprout.ipynb #35bcfe21
+# %% ../../nbs/models/sprout.ipynb #a9f1b082
 class ReportingTree(CountingTree):
     "A tree that tells of itself: its structure, its statistics, whether it has converged."
 
@@ -1090,7 +1100,7 @@ class ReportingTree(CountingTree):
         older, newer = recent[:window // 2], recent[window // 2:]
         return abs(older.mean() - newer.mean()).item() < threshold
 
-# %% ../../nbs/models/sprout.ipynb #9e493b7f
+# %% ../../nbs/models/sprout.ipynb #c87c5664
 class ReportingMixin:
     "Tells of the tree of a model, `self.tree`."
 
@@ -1130,7 +1140,7 @@ class GrowthEvent:
         told -= {"parameters", "num_nodes"}
         return {name: value for name, value in self.__dict__.items() if name in told}
 
-# %% ../../nbs/models/sprout.ipynb #9a85aaaa
+# %% ../../nbs/models/sprout.ipynb #797393b4
 @torch.no_grad()
 def check_growth(tree: CountingTree, threshold: float | None = None,
                  patience: int | None = None) -> list[GrowthEvent]:
@@ -1171,7 +1181,7 @@ def _begin_counts(tree: CountingTree) -> None:
     for node in tree.nodes:
         for count in (node.arrived, node.compatibility, node.query): count.zero_()
 
-# %% ../../nbs/models/sprout.ipynb #35e1dac2
+# %% ../../nbs/models/sprout.ipynb #9ded859b
 def _first_child(tree: CountingTree, event: GrowthEvent, noise) -> list[nn.Module]:
     "A child that is the identity, and its parent's router: the new modules."
     parent = tree.nodes[event.node_id]
@@ -1190,7 +1200,7 @@ def _first_child(tree: CountingTree, event: GrowthEvent, noise) -> list[nn.Modul
     tree.nodes.append(child)
     return [child, router]
 
-# %% ../../nbs/models/sprout.ipynb #ccf0475b
+# %% ../../nbs/models/sprout.ipynb #4795ab85
 def _branch(tree: CountingTree, event: GrowthEvent, room: int, noise) -> list[nn.Module]:
     """A copy of the busiest sibling that fits, with all below it: the new nodes, or none where
     nothing fits."""
@@ -1225,7 +1235,7 @@ def _move_key(tree: CountingTree, event: GrowthEvent, others: list[int], key, no
     if mean_query.norm() > 0: step -= mean_query * (step @ mean_query) / (mean_query @ mean_query)
     key += step
 
-# %% ../../nbs/models/sprout.ipynb #33be1951
+# %% ../../nbs/models/sprout.ipynb #e5e1907b
 @torch.no_grad()
 def add_child(tree: CountingTree, event: GrowthEvent) -> bool:
     """Sprout a child below `event.node_id` so that the function hardly changes, and complete the
@@ -1248,7 +1258,7 @@ def add_child(tree: CountingTree, event: GrowthEvent) -> bool:
     event.num_nodes = len(tree.nodes)
     return True
 
-# %% ../../nbs/models/sprout.ipynb #aa84bd92
+# %% ../../nbs/models/sprout.ipynb #122605cd
 def register_parameters(optimizer, model: nn.Module, new: dict[str, nn.Parameter]) -> None:
     """Let a running optimizer train `new` parameters (name → parameter): each joins the group of
     the root's parameter of its kind, with moments from zero; nothing else changes."""
@@ -1274,7 +1284,7 @@ def _groups(optimizer) -> list[tuple[torch.optim.Optimizer, dict]]:
     parts = getattr(optimizer, "parts", [optimizer])
     return [(part, group) for part in parts for group in part.param_groups]
 
-# %% ../../nbs/models/sprout.ipynb #3aca7ca1
+# %% ../../nbs/models/sprout.ipynb #d184bf58
 def remove_nodes(tree: CountingTree, gone: set[int]) -> list[nn.Parameter]:
     """Drop nodes (with all below them among `gone`) and number the others anew, in their order;
     returns the parameters that went."""
@@ -1299,7 +1309,7 @@ def _average_into(kept: SproutNode, dropped: SproutNode) -> None:
     for name in ("usage", "arrived", "compatibility", "query"):
         getattr(kept, name).add_(getattr(dropped, name))
 
-# %% ../../nbs/models/sprout.ipynb #322ed47d
+# %% ../../nbs/models/sprout.ipynb #0c623552
 def _note_events(model, events: list[GrowthEvent]) -> None:
     "Write the shape of a model's tree, and what happened to it, into its configuration."
     tree, usage = model.tree.parents, model.tree.usage()
@@ -1307,7 +1317,7 @@ def _note_events(model, events: list[GrowthEvent]) -> None:
     model.config.tree, model.config.history = tree, [*(model.config.history or []), *notes]
     model.tree.trend_length.zero_()   # convergence is counted from here
 
-# %% ../../nbs/models/sprout.ipynb #26fa0605
+# %% ../../nbs/models/sprout.ipynb #b8671663
 class PruningMixin:
     "Removes nodes from the tree of a model: `self.tree`, and its shape in `self.config`."
 
@@ -1348,7 +1358,7 @@ class PruningMixin:
         for event in events: event.num_nodes = len(self.tree.nodes)
         _note_events(self, events)
 
-# %% ../../nbs/models/sprout.ipynb #89e48b72
+# %% ../../nbs/models/sprout.ipynb #f4368508
 _SHARDED_TREE = ("a tree cannot grow while its parameters are sharded over processes; "
                 "train it with data parallelism, or set growth=none")
 
@@ -1357,7 +1367,7 @@ def _event_below(tree: CountingTree, node_id: int) -> GrowthEvent:
     action = "branched" if tree.children_of(node_id) else "created_first_child"
     return GrowthEvent(node_id, tree.nodes[node_id].depth, action)
 
-# %% ../../nbs/models/sprout.ipynb #f621eaba
+# %% ../../nbs/models/sprout.ipynb #cd13e7af
 class GrowthMixin(PruningMixin):
     """Grows the tree of a model, `self.tree`, and loses nodes of it; the shape stands in
     `self.config`."""
@@ -1398,7 +1408,7 @@ class GrowthMixin(PruningMixin):
         new = {name: p for event in grown for name, p in event.parameters.items()}
         register_parameters(optimizer, self, new)
 
-# %% ../../nbs/models/sprout.ipynb #2fb91e27
+# %% ../../nbs/models/sprout.ipynb #1aaad671
 class TreeMixin(GrowthMixin, ReportingMixin):
     """What can be done with the tree of a model: see it, let it grow, prune it, take over
     another's shape."""
@@ -1415,7 +1425,7 @@ class TreeMixin(GrowthMixin, ReportingMixin):
         self.tree.synced_counts = None
         return changed
 
-# %% ../../nbs/models/sprout.ipynb #3345fcee
+# %% ../../nbs/models/sprout.ipynb #976d5777
 @dataclass
 class SproutModelOutput(ModelOutput):
     """What a tree returns. `hidden_states`: the embeddings and the states after each level,
@@ -1439,36 +1449,25 @@ class SproutModelOutput(ModelOutput):
                    hidden_states=as_tuple(walk.hidden_states), attentions=as_tuple(walk.attentions),
                    balance_loss=walk.balance_loss, **logged)
 
-# %% ../../nbs/models/sprout.ipynb #ebeb939c
+# %% ../../nbs/models/sprout.ipynb #8a11269f
 def _boolean_mask(attention_mask, past: int, length: int):
     "The mask as booleans `(batch, past+length)`, or none where nothing is hidden."
     if attention_mask is None: return None
-    columns, wanted = attention_mask.shape[1], past + length
-    if columns != wanted:
-        raise ConfigError(f"attention_mask has {columns} columns, but {past} past and {length} new "
-                          f"tokens make {wanted}; it must cover both")
+    check_columns(attention_mask, past, length)
     attention_mask = attention_mask.bool()
     return None if attention_mask.all() else attention_mask
 
-def _positions(attention_mask, position_ids, past: int, length: int, limit: int):
+def _positions(attention_mask, position_ids, past: int):
     """Positions `(batch, length)`, counted from the mask where they are not given; none: `past`
     and on."""
-    if attention_mask is not None and position_ids is None:
-        position_ids = (attention_mask.long().cumsum(1) - 1).clamp_(min=0)[:, past:]
-    longest = past + length if position_ids is None else int(position_ids.max()) + 1
-    if longest <= limit: return position_ids
-    raise ConfigError(f"sequence of {longest} tokens: the model sees at most "
-                      f"max_position_embeddings={limit}; shorten the text or build a model with a "
-                      "larger limit")
+    if attention_mask is None or position_ids is not None: return position_ids
+    return (attention_mask.long().cumsum(1) - 1).clamp_(min=0)[:, past:]
 
 def _caches(tree: SproutTree, past_key_values, use_cache):
-    """(the cache that a walk reads and writes, the one that is returned); one is made here where
-    it is wanted."""
+    """(the cache that a walk reads and writes, the one that is returned), made here where one is
+    wanted."""
     if not tree.causal: return None, None
-    if past_key_values is not None and not isinstance(past_key_values, SproutCache):
-        kind = type(past_key_values).__name__
-        raise ConfigError(f"past_key_values is a {kind}; a tree keeps keys and values per node: pass "
-                          "model.make_cache(), or leave it out")
+    check_cache(past_key_values, SproutCache)
     if use_cache is None: use_cache = tree.config.use_cache and not tree.training
     recomputed = tree.gradient_checkpointing and tree.training
     if past_key_values is None and use_cache and not recomputed: past_key_values = tree.make_cache()
@@ -1476,7 +1475,7 @@ def _caches(tree: SproutTree, past_key_values, use_cache):
 
 def _default(value, default): return default if value is None else value
 
-# %% ../../nbs/models/sprout.ipynb #b53fef90
+# %% ../../nbs/models/sprout.ipynb #7b89f95f
 class SproutModel(TreeMixin, ReportingTree):
     "The tree as a model: token ids to hidden states."
 
@@ -1500,7 +1499,8 @@ class SproutModel(TreeMixin, ReportingTree):
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         batch, length, _ = x.shape
         mask = _boolean_mask(attention_mask, past, length)                # (batch, past+length)
-        position_ids = _positions(mask, position_ids, past, length, config.max_position_embeddings)
+        position_ids = _positions(mask, position_ids, past)
+        check_length(position_ids, past + length, config.max_position_embeddings)
         cos_sin = self.rope.cos_sin(x, position_ids, past, length)        # (..., head_dim/2) each
         if context_bias is not None: context_bias = context_bias.to(x.dtype).expand(x.shape)
 
@@ -1539,7 +1539,7 @@ def token_loss(logits, targets, num_items_in_batch=None):
     if num_items_in_batch is None: num_items_in_batch = (targets != -100).sum().clamp(min=1)
     return total / num_items_in_batch
 
-# %% ../../nbs/models/sprout.ipynb #b2673cc3
+# %% ../../nbs/models/sprout.ipynb #e7fee939
 @dataclass
 class SproutOutput(ModelOutput):
     """What a model with a head returns. `loss` in nats per target, with `balance_loss` in it in
@@ -1563,9 +1563,10 @@ class SproutOutput(ModelOutput):
         rest = {name: value for name, value in output.items() if name != "last_hidden_state"}
         return cls(loss=loss, logits=logits, **rest)
 
-# %% ../../nbs/models/sprout.ipynb #b09a6407
+# %% ../../nbs/models/sprout.ipynb #a4058bff
 class SproutForMaskedLM(TreeMixin, SproutPreTrainedModel):
     "The tree with a head for masked tokens; by default each sequence takes a path of its own."
+    base_model_class = SproutModel
     objective = "masked"
     _tied_weights_keys = {"head.decoder.weight": "sprout.embed_tokens.weight"}
     log_paths = None   # whether paths are logged; none: what the configuration says
@@ -1596,25 +1597,8 @@ class SproutForMaskedLM(TreeMixin, SproutPreTrainedModel):
         output = SproutOutput.of(output, logits, targets, num_items_in_batch, balance)
         return output if return_dict in (None, True) else output.to_tuple()
 
-# %% ../../nbs/models/sprout.ipynb #8b6ad10f
-class TreeGenerationMixin(GenerationMixin):
-    "Generation with a cache of the model's own."
-
-    @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool: return False
-
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        if generation_config.use_cache is False: return
-        if model_kwargs.get("past_key_values") is not None: return
-        model_kwargs["past_key_values"] = self.make_cache()
-
-    def make_cache(self, batch_size: int | None = None, capacity: int | None = None) -> SproutCache:
-        "An empty cache for the tree as it is now, with room for `capacity` columns."
-        return self.tree.make_cache(batch_size, capacity)
-
-# %% ../../nbs/models/sprout.ipynb #a901a43b
-class SproutForCausalLM(TreeMixin, SproutPreTrainedModel, TreeGenerationMixin):
+# %% ../../nbs/models/sprout.ipynb #0f0d6987
+class SproutForCausalLM(TreeMixin, SproutPreTrainedModel, CausalGenerationMixin):
     """The tree as a language model: every token takes a path of its own, and sees only what came
     before it."""
     objective = "causal"
@@ -1648,14 +1632,13 @@ class SproutForCausalLM(TreeMixin, SproutPreTrainedModel, TreeGenerationMixin):
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
             context_bias, output_attentions, output_hidden_states, log_paths)
         hidden_states = output.last_hidden_state
-        if isinstance(logits_to_keep, torch.Tensor): kept = logits_to_keep
-        else: kept = slice(-logits_to_keep, None) if logits_to_keep else slice(None)
-        logits = self.lm_head(self.norm(hidden_states[:, kept]))          # (batch, kept, vocab_size)
+        hidden_states = hidden_states[:, kept_positions(logits_to_keep)]  # (batch, kept, d)
+        logits = self.lm_head(self.norm(hidden_states))                   # (batch, kept, vocab_size)
         output = SproutOutput.of(
             output, logits, targets, num_items_in_batch, self.config.router_balance)
         return output if return_dict in (None, True) else output.to_tuple()
 
-# %% ../../nbs/models/sprout.ipynb #2fa76ae6
+# %% ../../nbs/models/sprout.ipynb #55f2ea9e
 class SproutLanguageModel(SproutForMaskedLM):
     """`SproutForMaskedLM` under the guide's name and with the guide's constructor:
     `SproutLanguageModel(vocab_size=30522, hidden_dim=512, max_depth=2)`. What is not given has the

@@ -10,82 +10,120 @@ import numpy as np
 from matplotlib.colors import PowerNorm
 
 from ..configs import ConfigError
-from .style import QUIET, SEQUENTIAL, Figure, new_figure, visible
+from .style import SEQUENTIAL, Figure, import_seaborn, new_figure, visible
 
 # %% ../../nbs/visualizers/attention.ipynb #460507e6
 def attention_array(attentions, row: int = 0) -> np.ndarray:
     """Attention weights as one float array `[layers, heads, queries, keys]`.
 
-    `attentions`: a tuple of tensors `[batch, heads, queries, keys]`, one per layer (what a model returns with
-    `output_attentions=True`; text `row` of the batch is taken), or one array with 2 to 5 dimensions, any of
-    `[queries, keys]`, `[heads, …]`, `[layers, heads, …]`, `[layers, batch, heads, …]`."""
+    `attentions`: a tuple of tensors `[batch, heads, queries, keys]`, one per layer (what a model
+    returns with `output_attentions=True`; text `row` of the batch is taken), or one array with 2
+    to 5 dimensions, any of `[queries, keys]`, `[heads, …]`, `[layers, heads, …]`, `[layers,
+    batch, heads, …]`."""
     if isinstance(attentions, (tuple, list)):
         layers = [_plain(a) for a in attentions if a is not None]
-        if not layers: raise ConfigError("the model returned no attention; it has none, or output_attentions=True was not asked for")
+        if not layers:
+            raise ConfigError("the model returned no attention; it has none, or "
+                              "output_attentions=True was not asked for")
         stack = np.stack([a[row] if a.ndim == 4 else a for a in layers])
     else:
         stack = _plain(attentions)
         if stack.ndim == 5: stack = stack[:, row]
-    if not 2 <= stack.ndim <= 4: raise ConfigError(f"attention of shape {list(stack.shape)} cannot be drawn; [layers, heads, queries, keys] is needed")
+    if not 2 <= stack.ndim <= 4:
+        raise ConfigError(f"attention of shape {list(stack.shape)} cannot be drawn; [layers, "
+                          f"heads, queries, keys] is needed")
     return stack.reshape((1,) * (4 - stack.ndim) + stack.shape)
 
 def _plain(values) -> np.ndarray:
     if hasattr(values, "detach"): values = values.detach().float().cpu().numpy()
     return np.asarray(values, dtype=float)
 
-# %% ../../nbs/visualizers/attention.ipynb #7876b4b6
-def plot_attention(attentions, tokens, layer: int | None = None, head: int | None = None, row: int = 0, title: str | None = None) -> Figure:
-    """Attention maps, queries down, keys across.
+# %% ../../nbs/visualizers/attention.ipynb #2c9f40b2
+def _chosen(name: str, index, size: int) -> list[int]:
+    "All of `size`, or the one that `index` means, from the end where it is negative."
+    if index is None: return list(range(size))
+    if not -size <= index < size:
+        raise ConfigError(f"{name}={index}: the model has {size} of them, 0 to {size - 1}")
+    return [index % size]
 
-    `attentions`: see `attention_array`. `tokens`: the text, one string per position (a str counts as its characters).
-    `layer`, `head`: draw only these (negative counts from the end); with both, one large map. At most 64 tokens are named.
-    Raises `ConfigError` when the tokens do not fit the maps or there is no such layer or head."""
-    maps = attention_array(attentions, row)
-    tokens = [visible(str(t)) for t in tokens]
-    if len(tokens) != maps.shape[-1]: raise ConfigError(f"{len(tokens)} tokens for maps over {maps.shape[-1]} positions; give one token per position")
-    layers, heads = (_chosen(name, index, size) for name, index, size in (("layer", layer, maps.shape[0]), ("head", head, maps.shape[1])))
-    single = len(layers) == len(heads) == 1
-    queries, keys = maps.shape[-2:]
-    future = np.arange(keys)[None, :] > np.arange(queries)[:, None] + keys - queries
-    causal = bool((maps[..., future] == 0).all())      # a masked model attends to both sides: then nothing is blank
-    if single: side = min(7.5, max(3.2, 0.9 + 0.17 * keys)); width, height = side + 0.9, side
-    else:
-        cell = min(1.6, 9.0 / len(heads))
-        width, height = 1.1 + cell * len(heads), 0.5 + cell * len(layers)
-    figure, axes = new_figure(width, height, rows=len(layers), columns=len(heads), squeeze=False)
-    norm = PowerNorm(0.5, vmin=0, vmax=max(1e-9, float(np.nanmax(maps[np.ix_(layers, heads)]))))
-    for r, one_layer in enumerate(layers):
-        for c, one_head in enumerate(heads):
-            ax = axes[r][c]
-            ax.grid(False)
-            ax.spines[:].set_visible(False)
-            image = ax.imshow(np.ma.masked_array(maps[one_layer, one_head], mask=future & causal), cmap=SEQUENTIAL, norm=norm, interpolation="nearest")
-            if single: _name_sides(ax, tokens, queries)
-            else:
-                ax.set_xticks([]), ax.set_yticks([])
-                if r == 0: ax.set_title(f"head {one_head}", fontsize=8)
-                if c == 0: ax.set_ylabel(f"layer {one_layer}", fontsize=8)
-    bar = figure.colorbar(image, ax=axes, shrink=0.8 if single else 0.9, aspect=30, pad=0.015)
+
+def _heat_map(ax, weights: np.ndarray, hidden: np.ndarray, norm):
+    """One map, queries down and keys across; what is `hidden` stays blank. Returns what a colour
+    bar needs."""
+    import_seaborn().heatmap(weights, mask=hidden, ax=ax, cmap=SEQUENTIAL, norm=norm, square=True,
+                             cbar=False, xticklabels=False, yticklabels=False, rasterized=True)
+    ax.grid(False)
+    return ax.collections[0]
+
+
+def _color_bar(figure, mappable, axes, single: bool) -> None:
+    bar = figure.colorbar(mappable, ax=axes, shrink=0.8 if single else 0.9, aspect=30, pad=0.015)
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=8, length=2)
     bar.set_label("attention weight (square-root scale)", fontsize=8)
+
+# %% ../../nbs/visualizers/attention.ipynb #d58cbabe
+def _name_sides(ax, tokens, queries: int, room: float, sides: str = "xy") -> None:
+    """Tokens at the sides, each in the middle of its row or column: all of them where `room`
+    (points for a position) allows, every second, third … where not; more than 64 are positions."""
+    if len(tokens) > 64:
+        if "x" in sides: ax.set_xlabel("position read from", fontsize=9)
+        if "y" in sides: ax.set_ylabel("position reading", fontsize=9)
+        return
+    size = min(9.0, max(4.4, 0.95 * room))
+    every = max(1, int(np.ceil(0.95 * size / room)))
+    look = dict(fontsize=size, family="DejaVu Sans Mono")
+    upright = max(map(len, tokens)) == 1
+    keys, rows = np.arange(0, len(tokens), every), np.arange(0, queries, every)
+    if "x" in sides:
+        ax.set_xticks(keys + 0.5, [tokens[i] for i in keys], rotation=0 if upright else 90, **look)
+    if "y" in sides:
+        ax.set_yticks(rows + 0.5, [tokens[len(tokens) - queries + i] for i in rows], rotation=0,
+                      **look)
+    ax.tick_params(length=0, pad=2)
+
+
+def _arranged(layers: int, heads: int, keys: int, style: str):
+    "The figure and its axes `[layers, heads]`, and the points that a position has in it."
+    if layers == heads == 1:
+        side = min(7.5, max(3.2, 0.9 + 0.17 * keys))
+        return *new_figure(side + 0.9, side, squeeze=False, style=style), 72 * (side - 0.9) / keys
+    cell = min(2.3, 9.0 / heads)
+    size = 1.3 + cell * heads, 0.7 + cell * layers
+    return *new_figure(*size, layers, heads, squeeze=False, style=style), 72 * 0.86 * cell / keys
+
+# %% ../../nbs/visualizers/attention.ipynb #7876b4b6
+def plot_attention(attentions, tokens, layer: int | None = None, head: int | None = None,
+                   row: int = 0, title: str | None = None, style: str = "light") -> Figure:
+    """Attention maps, queries down, keys across.
+
+    `attentions`: see `attention_array`. `tokens`: the text, one string per position (a str counts
+    as its characters). `layer`, `head`: draw only these (negative counts from the end); with
+    both, one large map. At most 64 tokens are named. Raises `ConfigError` when the tokens do not
+    fit the maps or there is no such layer or head."""
+    maps = attention_array(attentions, row)
+    tokens = [visible(str(t)) for t in tokens]
+    queries, keys = maps.shape[-2:]
+    if len(tokens) != keys:
+        raise ConfigError(f"{len(tokens)} tokens for maps over {keys} positions; give one token "
+                          f"per position")
+    layers, heads = _chosen("layer", layer, maps.shape[0]), _chosen("head", head, maps.shape[1])
+    single = len(layers) == len(heads) == 1
+    future = np.arange(keys)[None, :] > np.arange(queries)[:, None] + keys - queries
+    # a masked model attends to both sides: then nothing is blank
+    causal = bool((maps[..., future] == 0).all())
+    figure, axes, room = _arranged(len(layers), len(heads), keys, style)
+    norm = PowerNorm(0.5, vmin=0, vmax=max(1e-9, float(np.nanmax(maps[np.ix_(layers, heads)]))))
+    for (r, c), ax in np.ndenumerate(axes):
+        mappable = _heat_map(ax, maps[layers[r], heads[c]], future & causal, norm)
+        outer = "x" * (r == len(layers) - 1) + "y" * (c == 0)
+        _name_sides(ax, tokens, queries, room, outer)
+        if r == 0 and not single: ax.set_title(f"head {heads[c]}", fontsize=8)
+        if c == 0:
+            ax.set_ylabel("reading" if single else f"layer {layers[r]}", fontsize=9 if single
+                          else 8)
+    if single and len(tokens) <= 64: axes[0][0].set_xlabel("read from", fontsize=9)
+    _color_bar(figure, mappable, axes, single)
     if single and title is None: title = f"layer {layers[0]}, head {heads[0]}"
     if title: figure.suptitle(title, fontsize=11, x=0.01, ha="left")
     return figure
-
-def _chosen(name: str, index, size: int) -> list[int]:
-    if index is None: return list(range(size))
-    if not -size <= index < size: raise ConfigError(f"{name}={index}: the model has {size} of them, 0 to {size - 1}")
-    return [index % size]
-
-def _name_sides(ax, tokens, queries: int) -> None:
-    "Tokens at both sides, every one of them up to 64, then only positions."
-    if len(tokens) > 64:
-        ax.set_xlabel("position read from", fontsize=9), ax.set_ylabel("position reading", fontsize=9)
-        return
-    style = dict(fontsize=min(9, max(5, 300 / max(20, len(tokens)))), family="DejaVu Sans Mono")
-    upright = max(map(len, tokens)) == 1
-    ax.set_xticks(range(len(tokens)), tokens, rotation=0 if upright else 90, **style)
-    ax.set_yticks(range(queries), tokens[len(tokens) - queries:], **style)
-    ax.tick_params(length=0, pad=2)
-    ax.set_xlabel("read from", fontsize=9, color=QUIET), ax.set_ylabel("reading", fontsize=9, color=QUIET)

@@ -13,47 +13,71 @@ from .style import MARKERS, PALETTE, QUIET, Figure, new_figure, visible
 
 # %% ../../nbs/visualizers/embeddings.ipynb #65589725
 def principal_components(matrix, count: int = 2) -> tuple[np.ndarray, np.ndarray]:
-    """Coordinates `[rows, count]` of the rows of `matrix` `[rows, width]` on its first principal components, and the share of the
-    variance that each carries. The sign of a component is fixed by its largest entry, so that the picture does not flip."""
+    """Coordinates `[rows, count]` of the rows of `matrix` `[rows, width]` on its first principal
+    components, and the share of the variance that each carries. The sign of a component is fixed
+    by its largest entry, so that the picture does not flip."""
     matrix = matrix.detach().float().cpu().numpy() if hasattr(matrix, "detach") else matrix
     matrix = np.asarray(matrix, dtype=float)
-    if matrix.ndim != 2 or len(matrix) < 2: raise ConfigError(f"embeddings of shape {list(matrix.shape)} cannot be projected; [rows, width] with two rows or more is needed")
-    if not np.isfinite(matrix).all(): raise ConfigError("the embeddings hold values that are not finite; the model has diverged")
+    if matrix.ndim != 2 or len(matrix) < 2:
+        raise ConfigError(f"embeddings of shape {list(matrix.shape)} cannot be projected; "
+                          "[rows, width] with two rows or more is needed")
+    if not np.isfinite(matrix).all():
+        raise ConfigError("the embeddings hold values that are not finite; the model has diverged")
     centred = matrix - matrix.mean(0)
     u, s, v = np.linalg.svd(centred, full_matrices=False)
     sign = np.sign(v[np.arange(len(v)), np.abs(v).argmax(1)])
     coordinates = (u * s * sign)[:, :count]
-    coordinates = np.pad(coordinates, ((0, 0), (0, count - coordinates.shape[1])))      # fewer directions than asked for
+    # fewer directions than asked for
+    coordinates = np.pad(coordinates, ((0, 0), (0, count - coordinates.shape[1])))
     share = np.pad(s**2 / max((s**2).sum(), 1e-300), (0, count))[:count]
     return coordinates, share
 
 # %% ../../nbs/visualizers/embeddings.ipynb #26c503b3
-def plot_embeddings(matrix, labels=None, groups=None, title: str | None = None, figure_size=(6.4, 5.2)) -> Figure:
+def _draw_group(ax, index: int, group: str, coordinates, rows: list[int],
+                names: dict[int, str]) -> None:
+    """The rows of one group, in its colour: as their names where they have one, else as dots of
+    its shape."""
+    color, marker = PALETTE[index % len(PALETTE)], MARKERS[index % len(MARKERS)]
+    look = dict(color=color, fontsize=9 if len(coordinates) <= 120 else 7,
+                family="DejaVu Sans Mono")
+    for row, name in names.items():
+        ax.text(*coordinates[row], name, ha="center", va="center", **look)
+    dots = [row for row in rows if row not in names]
+    ax.plot(*coordinates[dots].T, linestyle="none", marker=marker, markersize=4, color=color,
+            alpha=0.8)
+    if group:
+        ax.plot([], [], linestyle="none", marker="s" if names else marker, color=color,
+                label=f"{group} ({len(rows)})")
+
+# %% ../../nbs/visualizers/embeddings.ipynb #f7fe65a0
+def plot_embeddings(matrix, labels=None, groups=None, title: str | None = None,
+                    figure_size=(6.4, 5.2), style: str = "light") -> Figure:
     """Rows of `matrix` `[rows, width]` (array or tensor) on their first two principal components.
 
-    `labels`: one string per row, drawn in place of a dot when it is short; None draws dots. `groups`: one group name per row, for
-    colour and legend. Raises `ConfigError` when the lengths differ."""
+    `labels`: one string per row, drawn in place of a dot when it is short; None draws dots.
+    `groups`: one group name per row, for colour and legend. Raises `ConfigError` when the lengths
+    differ."""
     coordinates, share = principal_components(matrix)
     for name, given in (("labels", labels), ("groups", groups)):
-        if given is not None and len(given) != len(coordinates): raise ConfigError(f"{len(given)} {name} for {len(coordinates)} rows; give one per row")
+        if given is not None and len(given) != len(coordinates):
+            raise ConfigError(f"{len(given)} {name} for {len(coordinates)} rows; give one per row")
     groups = [""] * len(coordinates) if groups is None else [str(g) for g in groups]
-    figure, ax = new_figure(*figure_size)
+    figure, ax = new_figure(*figure_size, style=style)
     ax.grid(False)
-    ax.axhline(0, color=QUIET, alpha=0.3, linewidth=0.7), ax.axvline(0, color=QUIET, alpha=0.3, linewidth=0.7)
-    small = 9 if len(coordinates) <= 120 else 7
+    ax.axhline(0, color=QUIET, alpha=0.3, linewidth=0.7), ax.axvline(0, color=QUIET, alpha=0.3,
+                                                                     linewidth=0.7)
     for index, group in enumerate(dict.fromkeys(groups)):
         rows = [r for r, g in enumerate(groups) if g == group]
-        color, marker = PALETTE[index % len(PALETTE)], MARKERS[index % len(MARKERS)]
-        named = [r for r in rows if labels is not None and len(visible(str(labels[r]))) <= 12]
-        for r in named: ax.text(*coordinates[r], visible(str(labels[r])), color=color, fontsize=small, ha="center", va="center", family="DejaVu Sans Mono")
-        dots = [r for r in rows if r not in set(named)]
-        ax.plot(*coordinates[dots].T, linestyle="none", marker=marker, markersize=4, color=color, alpha=0.8)
-        if group: ax.plot([], [], linestyle="none", marker="s" if named else marker, color=color, label=f"{group} ({len(rows)})")
+        names = {r: visible(str(labels[r])) for r in rows} if labels is not None else {}
+        _draw_group(ax, index, group, coordinates, rows,
+                    {r: n for r, n in names.items() if len(n) <= 12})
     low, high = coordinates.min(0), coordinates.max(0)
     room = np.maximum(0.06 * (high - low), 1e-6)       # text does not widen the limits by itself
-    ax.set_xlim(low[0] - room[0], high[0] + room[0]), ax.set_ylim(low[1] - room[1], high[1] + room[1])
+    ax.set_xlim(low[0] - room[0],
+                high[0] + room[0]), ax.set_ylim(low[1] - room[1], high[1] + room[1])
     ax.set_xlabel(f"first component ({share[0]:.0%} of the variance)", fontsize=9)
     ax.set_ylabel(f"second component ({share[1]:.0%} of the variance)", fontsize=9)
-    if any(groups): ax.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    if any(groups):
+        ax.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     if title: ax.set_title(title, fontsize=11, loc="left")
     return figure

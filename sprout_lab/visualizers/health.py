@@ -14,52 +14,74 @@ from .style import PALETTE, QUIET, Figure, line_style, new_figure, visible
 # %% ../../nbs/visualizers/health.ipynb #838c291e
 # column → (words, whether the axis is logarithmic)
 HEALTH = {"activation_rms": ("activation (RMS)", True), "gradient_rms": ("gradient (RMS)", True),
-          "gradient_to_weight": ("gradient / weight (norms)", True), "zero_fraction": ("share of zeros", False)}
+          "gradient_to_weight": ("gradient / weight (norms)", True),
+          "zero_fraction": ("share of zeros", False)}
 
-def plot_health(stats, metrics=tuple(HEALTH), title: str | None = None, row_height: float = 0.26) -> Figure:
-    """Per-layer statistics as one panel per metric, input layer on top.
+def _draw_rows(ax, index: int, label: str, points: list[tuple[float, int]],
+               logarithmic: bool) -> list[float]:
+    """One set of rows in one panel: (value, height) as a line, what is not finite or nothing at
+    all at the edges. Returns what is on the line."""
+    line = [(v, y) for v, y in points if np.isfinite(v) and not (logarithmic and v <= 0)]
+    style = line_style(index, marker=True)
+    edge = dict(transform=ax.get_yaxis_transform(), clip_on=False)
+    ax.plot([v for v, _ in line], [y for _, y in line], label=label or None, linewidth=1.4,
+            **{**style, "markersize": 5})
+    for v, y in points:
+        if not np.isfinite(v):
+            ax.plot(0.985, y, marker="x", markersize=7, markeredgewidth=2, color=PALETTE[1],
+                    **edge)
+        # exactly nothing
+        elif logarithmic and v <= 0:
+            ax.plot(0.015, y, marker="<", markersize=6, color=style["color"], **edge)
+    return [v for v, _ in line]
 
-    `stats`: rows `{"layer": name, "activation_rms": …, "gradient_rms": …, "gradient_to_weight": …, "zero_fraction": …}` as
-    `layer_health` returns them, or a dict label → rows to compare (before and after, healthy and not). A metric that a row lacks
-    is left out of the line; values that are not finite are crosses at the right edge."""
-    named = stats if isinstance(stats, dict) else {"": stats}
-    named = {label: list(rows) for label, rows in named.items()}
-    layers = list(dict.fromkeys(row["layer"] for rows in named.values() for row in rows))
-    if not layers: raise ConfigError("there are no layers to draw; give at least one row with a 'layer'")
-    metrics = [m for m in metrics if any(m in row for rows in named.values() for row in rows)]
-    if not metrics: raise ConfigError(f"the rows have none of the columns {', '.join(HEALTH)}")
-    figure, axes = new_figure(2.2 + 1.9 * len(metrics), 1.1 + row_height * max(3, len(layers)), columns=len(metrics), sharey=True, squeeze=False)
-    depth = {layer: -i for i, layer in enumerate(layers)}
-    for ax, metric in zip(axes[0], metrics):
-        words, logarithmic = HEALTH.get(metric, (metric.replace("_", " "), False))
-        ax.grid(True, axis="y", color=QUIET, alpha=0.18, linewidth=0.7)
-        seen = []
-        for index, (label, rows) in enumerate(named.items()):
-            points = [(float(row[metric]), depth[row["layer"]]) for row in rows if row.get(metric) is not None]
-            fine = [(v, y) for v, y in points if np.isfinite(v) and not (logarithmic and v <= 0)]
-            seen += [v for v, _ in fine]
-            style = line_style(index, marker=True)
-            ax.plot([v for v, _ in fine], [y for _, y in fine], label=label or None, linewidth=1.4, **{**style, "markersize": 5})
-            for v, y in points:
-                if not np.isfinite(v):
-                    ax.plot(0.985, y, transform=ax.get_yaxis_transform(), marker="x", markersize=7, markeredgewidth=2, color=PALETTE[1], clip_on=False)
-                elif logarithmic and v <= 0:           # a layer that received exactly nothing
-                    ax.plot(0.015, y, transform=ax.get_yaxis_transform(), marker="<", markersize=6, color=style["color"], clip_on=False)
-        if logarithmic: _decades(ax, seen)
-        else: ax.set_xlim(-0.04, 1.04)
-        ax.set_xlabel(words, fontsize=9)
-        ax.tick_params(labelsize=8)
-        ax.set_ylim(-len(layers) + 0.4, 0.6)
-    axes[0][0].set_yticks(list(depth.values()), [visible(str(layer), blank=" ") for layer in depth], fontsize=8)
-    if any(named): figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper right", ncols=len(named), fontsize=9, frameon=False)
-    if title: figure.suptitle(title, fontsize=11, x=0.01, ha="left")
-    return figure
 
 def _decades(ax, values) -> None:
-    "A logarithmic axis over the values, never narrower than two decades: small differences should look small."
+    """A logarithmic axis over the values, never narrower than two decades: small differences
+    should look small."""
     ax.set_xscale("log")
     if not values: return
     low, high = np.log10(min(values)), np.log10(max(values))
     widen = max(0.0, 2.0 - (high - low)) / 2 + 0.06 * max(2.0, high - low)
     ax.set_xlim(10 ** (low - widen), 10 ** (high + widen))
     ax.minorticks_off()
+
+# %% ../../nbs/visualizers/health.ipynb #e145d29d
+def plot_health(stats, metrics=tuple(HEALTH), title: str | None = None, row_height: float = 0.26,
+                style: str = "light") -> Figure:
+    """Per-layer statistics as one panel per metric, input layer on top.
+
+    `stats`: rows `{"layer": name, "activation_rms": …, "gradient_rms": …, "gradient_to_weight":
+    …, "zero_fraction": …}` as `layer_health` returns them, or a dict label → rows to compare
+    (before and after, healthy and not). A metric that a row lacks is left out of the line; values
+    that are not finite are crosses at the right edge."""
+    stats = stats if isinstance(stats, dict) else {"": stats}
+    named = {label: list(rows) for label, rows in stats.items()}
+    every = [row for rows in named.values() for row in rows]
+    layers = list(dict.fromkeys(row["layer"] for row in every))
+    none = "there are no layers to draw; give at least one row with a 'layer'"
+    if not layers: raise ConfigError(none)
+    metrics = [m for m in metrics if any(m in row for row in every)]
+    if not metrics: raise ConfigError(f"the rows have none of the columns {', '.join(HEALTH)}")
+    figure, axes = new_figure(2.2 + 1.9 * len(metrics), 1.1 + row_height * max(3, len(layers)),
+                              columns=len(metrics), sharey=True, squeeze=False, style=style)
+    depth = {layer: -i for i, layer in enumerate(layers)}
+    for ax, metric in zip(axes[0], metrics):
+        words, logarithmic = HEALTH.get(metric, (metric.replace("_", " "), False))
+        ax.grid(True, axis="y", color=QUIET, alpha=0.18, linewidth=0.7)
+        seen = []
+        for index, (label, rows) in enumerate(named.items()):
+            points = [(float(row[metric]), depth[row["layer"]]) for row in rows
+                      if row.get(metric) is not None]
+            seen += _draw_rows(ax, index, label, points, logarithmic)
+        if logarithmic: _decades(ax, seen)
+        else: ax.set_xlim(-0.04, 1.04)
+        ax.set_xlabel(words, fontsize=9)
+        ax.tick_params(labelsize=8)
+        ax.set_ylim(-len(layers) + 0.4, 0.6)
+    axes[0][0].set_yticks(list(depth.values()),
+                          [visible(str(layer), blank=" ") for layer in depth], fontsize=8)
+    look = dict(loc="outside upper right", ncols=len(named), fontsize=9, frameon=False)
+    if any(named): figure.legend(*ax.get_legend_handles_labels(), **look)
+    if title: figure.suptitle(title, fontsize=11, x=0.01, ha="left")
+    return figure
