@@ -187,7 +187,8 @@ class Causal(WritesText, Objective):
 
     def notice(self, data) -> str | None:
         if data.tokenizer is None or data.train.bytes_per_token is not None: return None
-        return (f"{type(data.tokenizer).__name__} does not keep the whole text (capitals, line ends "
+        return (f"{type(data.tokenizer).__name__} does not keep the whole text (capitals, line "
+                f"ends "
                 "or blanks): scores are in nats per token, there are no bits per byte")
 
     def baselines(self, data) -> dict[str, float]: return held_out_baselines(data)
