@@ -37,7 +37,7 @@ from .transformer import (
     Embedding, Linear, MultiHeadSelfAttention, RMSNorm, RotaryPositionalEmbedding, SwiGLU, attend,
     attention_bias, check_columns, check_length)
 
-# %% ../../nbs/models/sprout.ipynb #f87c57cd
+# %% ../../nbs/models/sprout.ipynb #6bc13981
 def tree_depths(parents: list[int]) -> list[int]:
     "Depth of every node of a tree in parent-index form; anything else is a `ConfigError`."
     integers = all(type(parent) is int for parent in parents)
@@ -53,7 +53,7 @@ def _no_tree(parents) -> str:
     return (f"tree={parents}: the parent of every node is needed, -1 for the root and an earlier "
             "node for each other, as in [-1, 0, 0, 1]")
 
-# %% ../../nbs/models/sprout.ipynb #541ff4e3
+# %% ../../nbs/models/sprout.ipynb #94ba6c51
 def children_of(parents: list[int], node_id: int) -> list[int]:
     "Ids of a node's children, oldest first."
     return [i for i, parent in enumerate(parents) if parent == node_id]
@@ -63,7 +63,7 @@ def subtree_of(parents: list[int], node_id: int) -> list[int]:
     below = [subtree_of(parents, child) for child in children_of(parents, node_id)]
     return [node_id, *(i for ids in below for i in ids)]
 
-# %% ../../nbs/models/sprout.ipynb #25c77a6b
+# %% ../../nbs/models/sprout.ipynb #e6d83721
 def tree_text(parents: list[int], usage: list[int]) -> str:
     "A tree as lines of text; a node's number counts among its siblings. `usage`: of every node."
     depths, lines = tree_depths(parents), ["=== SPROUT Structure ==="]
@@ -95,7 +95,7 @@ def routing_entropy(parents: list[int], usage: list[int]) -> dict[int, float]:
         entropy[node_id] = -sum(share * math.log2(share) for share in shares) + 0.0   # no -0
     return entropy
 
-# %% ../../nbs/models/sprout.ipynb #998152af
+# %% ../../nbs/models/sprout.ipynb #9bc39dc1
 class SproutNodeConfig(ModelConfig):
     "Shape of a node, and of the embedding and the positions that all nodes share."
     vocab_size: Annotated[int, setting(
@@ -133,7 +133,7 @@ class SproutNodeConfig(ModelConfig):
             raise ConfigError(f"{width} over {heads} gives heads of {head_dim} channels; "
                               "rotary positions need an even number")
 
-# %% ../../nbs/models/sprout.ipynb #936de05b
+# %% ../../nbs/models/sprout.ipynb #a335e8e8
 def _parents(value):
     "A tree as files and flags write it: `[-1, 0, 0]`, `[\"[-1, 0, 0]\"]`, `[\"-1\", \"0\", \"0\"]`."
     value = _from_json(value)
@@ -148,7 +148,7 @@ def _from_json(value):
     try: return json.loads(value[0])
     except (ValueError, RecursionError): return value
 
-# %% ../../nbs/models/sprout.ipynb #81774184
+# %% ../../nbs/models/sprout.ipynb #b071b2ea
 _EVENT_FIELDS = {"node_id": int, "depth": int, "action": str, "tree": list, "usage": list,
                  "child_id": int, "compatibility": float, "threshold": float, "copied_from": int,
                  "step": int}
@@ -177,7 +177,7 @@ def _wrong_in_event(event) -> str | None:
         return "has a usage that is no count per node of its tree"
     return None
 
-# %% ../../nbs/models/sprout.ipynb #fdbe0df4
+# %% ../../nbs/models/sprout.ipynb #da1c9f42
 class SproutTreeConfig(ModelConfig):
     "Limits of the tree, and how far it has grown (`tree`: the parent of every node)."
     max_depth: Annotated[int, setting(
@@ -205,7 +205,7 @@ class SproutTreeConfig(ModelConfig):
             raise ConfigError(f"max_depth={self.max_depth}: the tree is {levels} levels deep {remedy}")
         check_history(self.history)
 
-# %% ../../nbs/models/sprout.ipynb #a73f91be
+# %% ../../nbs/models/sprout.ipynb #039ab506
 class SproutGrowthConfig(ModelConfig):
     "When the tree grows, and when it loses a node again."
     compatibility_threshold: Annotated[float, setting(
@@ -232,7 +232,7 @@ class SproutGrowthConfig(ModelConfig):
     growth_state: Annotated[dict | None, setting(
         "What the growth policy remembers between its checks. Written by growth.")] = None
 
-# %% ../../nbs/models/sprout.ipynb #b23123cc
+# %% ../../nbs/models/sprout.ipynb #2e83e99e
 class SproutRoutingConfig(ModelConfig):
     "How paths are chosen, and what is asked of the tree."
     routing: Annotated[Literal["sequence", "token", "batch"] | None, setting(
@@ -304,7 +304,7 @@ class Router(nn.Module):
         weight = weight / weight.sum(1, keepdim=True).clamp(min=1)
         return torch.einsum("btd,bt->bd", hidden_states, weight)
 
-# %% ../../nbs/models/sprout.ipynb #49e17d41
+# %% ../../nbs/models/sprout.ipynb #39cf8e45
 def load_balancing_loss(router_logits, chosen_child):
     """How unevenly siblings are used, from scores `(n, children)` and choices `(n,)`: 0 when all
     share equally, up to the number of children less one (Fedus et al., 2021, section 2.2, less
@@ -313,7 +313,7 @@ def load_balancing_loss(router_logits, chosen_child):
     traffic = F.one_hot(chosen_child, children).to(router_logits.dtype).mean(0)   # (children,)
     return children * (traffic * router_logits.softmax(-1).mean(0)).sum() - 1
 
-# %% ../../nbs/models/sprout.ipynb #d54d4d05
+# %% ../../nbs/models/sprout.ipynb #750452b5
 @dataclass
 class TokenSelection:
     """Tokens of a `(batch, length)` grid that entered a node's parent. `key_idx (keys,)`: their
@@ -344,7 +344,7 @@ class TokenSelection:
         rows = tensor.transpose(1, 2).reshape(cells, -1)
         return rows if len(flat_idx) == cells else rows[flat_idx]
 
-# %% ../../nbs/models/sprout.ipynb #7e3f06ef
+# %% ../../nbs/models/sprout.ipynb #d54bd250
 def selected_attention(attention: MultiHeadSelfAttention, hidden_states, tokens: TokenSelection,
                        mask, past_key_values=None, layer_idx: int = 0,
                        attentions: list | None = None):
@@ -368,7 +368,7 @@ def selected_attention(attention: MultiHeadSelfAttention, hidden_states, tokens:
     mixed = attend(query, key, value, mask, False, dropout, attentions)
     return attention.o_proj(tokens.from_grid(mixed, query_idx))        # (queries, d)
 
-# %% ../../nbs/models/sprout.ipynb #330a8166
+# %% ../../nbs/models/sprout.ipynb #9bbb60c2
 def _register_counts(node: nn.Module, d_model: int) -> None:
     """Give a node its counts. `usage`: sequences or tokens that ever came, in training. Since the
     last growth check: `arrived`, how many came; `compatibility`, the sum of the best child's;
@@ -422,7 +422,7 @@ class SproutNode(GradientCheckpointingLayer):
 
     def _drop(self, x): return F.dropout(x, self.dropout, self.training) if self.dropout else x
 
-# %% ../../nbs/models/sprout.ipynb #71341b99
+# %% ../../nbs/models/sprout.ipynb #53fadef6
 class RoutingDecision(NamedTuple):
     """What one router decided. `active_rows (n,)`: the examples (or flat tokens) that came, none
     for all; `chosen_child (n,)`: indices into `children`; `compatibility (n, children)`."""
@@ -534,7 +534,7 @@ class SproutLayer(KeyValueLayer):
         super().reset()
         self.key_mask = None
 
-# %% ../../nbs/models/sprout.ipynb #58bdedfc
+# %% ../../nbs/models/sprout.ipynb #08905810
 class SproutCache(KeyValueCache):
     """The keys and values of all nodes; works with `generate` and with the decoding engine as the
     Transformer's does."""
@@ -549,7 +549,7 @@ class SproutCache(KeyValueCache):
         copy.layers = [layer.fork(rows) for layer in self.layers]
         return copy
 
-# %% ../../nbs/models/sprout.ipynb #e2b31c33
+# %% ../../nbs/models/sprout.ipynb #a7e926c9
 class SproutPreTrainedModel(PreTrainedModel):
     "What the models share: how weights start, and what Hugging Face needs to know."
     config_class = SproutConfig
@@ -590,7 +590,7 @@ class SproutPreTrainedModel(PreTrainedModel):
         # `sync` adds them up; data parallel training must not overwrite them with the first process's
         return [name for name, _ in self.named_buffers()]
 
-# %% ../../nbs/models/sprout.ipynb #843d24a8
+# %% ../../nbs/models/sprout.ipynb #d3eacb15
 def resolve_routing(config: SproutConfig, causal: bool) -> str:
     """What takes a path, `sequence`, `token` or `batch`: the configuration's `routing`, or what
     suits the objective. A causal tree must not look ahead."""
@@ -599,7 +599,7 @@ def resolve_routing(config: SproutConfig, causal: bool) -> str:
     raise ConfigError(f"routing={routing!r}: a causal tree must not choose a path by what follows; "
                       "use routing=token")
 
-# %% ../../nbs/models/sprout.ipynb #ffa57776
+# %% ../../nbs/models/sprout.ipynb #d7bb0d8e
 def _match_node(node: SproutNode, other: SproutNode) -> SproutNode:
     "Give a node the device, the precision and the gradient checkpointing of another; returns it."
     node.gradient_checkpointing = other.gradient_checkpointing
@@ -660,7 +660,7 @@ class SproutTree(SproutPreTrainedModel):
     def children_of(self, node_id: int) -> list[int]: return children_of(self.parents, node_id)
     def subtree_of(self, node_id: int) -> list[int]: return subtree_of(self.parents, node_id)
 
-# %% ../../nbs/models/sprout.ipynb #6a311d0e
+# %% ../../nbs/models/sprout.ipynb #87f64227
 class Choice(NamedTuple):
     """What a node's router said of its group: the index `(n,)` of the chosen child and its gate
     `(n,)`."""
@@ -676,7 +676,7 @@ class Part(NamedTuple):
     rows: torch.Tensor | None
     gate: torch.Tensor
 
-# %% ../../nbs/models/sprout.ipynb #d1143bf8
+# %% ../../nbs/models/sprout.ipynb #cf928f49
 def cut_groups(children: list[list[int]], choices: list[Choice], every: bool = False) -> list[Part]:
     """Cut a level's groups by their choices. `children`: of every node; `choices`: one per group.
     Returns a part for each child that somebody chose (or for `every` child), in order of their
@@ -703,7 +703,7 @@ def cut_groups(children: list[list[int]], choices: list[Choice], every: bool = F
         begin += count
     return parts
 
-# %% ../../nbs/models/sprout.ipynb #736960ce
+# %% ../../nbs/models/sprout.ipynb #8d20c159
 def _child_keys(children: list[SproutNode], router_inputs):
     """The keys of some nodes, `(children, d)`, where `router_inputs (n, d)` are; zeros where
     nothing is compared."""
@@ -716,7 +716,7 @@ def _loaded_key(node: SproutNode):
     from accelerate.utils import align_module_device
     with align_module_device(node): return node.key.detach().clone()
 
-# %% ../../nbs/models/sprout.ipynb #9a3ff3f4
+# %% ../../nbs/models/sprout.ipynb #9c6601d0
 def _touch_idle(nodes, traffic: dict, routed: dict, hidden_states):
     """Let the parameters of nodes without `traffic`, and of routers that were not asked (not in
     `routed`), have a part in `hidden_states` that is zero."""
@@ -729,7 +729,7 @@ def _touch_idle(nodes, traffic: dict, routed: dict, hidden_states):
     if not idle: return hidden_states
     return hidden_states + 0.0 * torch.stack([p.flatten()[0] for p in idle]).sum()
 
-# %% ../../nbs/models/sprout.ipynb #135c5257
+# %% ../../nbs/models/sprout.ipynb #f8020e55
 class TreeWalk:
     """One pass of a batch down a tree. `traffic`: node → how many came; `routed`: node → (gates
     `(n,)`, queries `(n, d)`) in training; `balance_loss`: of all routers, or none. `attentions`
@@ -779,7 +779,7 @@ class TreeWalk:
         if not self.training: return hidden_states
         return _touch_idle(self.nodes, self.traffic, self.routed, hidden_states)
 
-# %% ../../nbs/models/sprout.ipynb #4b67e712
+# %% ../../nbs/models/sprout.ipynb #87ff3035
 def _take_rows(tensor, rows):
     "`tensor[rows]`; where either is none, the tensor as it is."
     return tensor if tensor is None or rows is None else tensor[rows]
@@ -795,7 +795,7 @@ def _gather_rows(parts: list[tuple]):
     rows = torch.cat([rows for _, rows in parts])
     return torch.cat([tensor for tensor, _ in parts])[rows.argsort()]
 
-# %% ../../nbs/models/sprout.ipynb #c4ee1810
+# %% ../../nbs/models/sprout.ipynb #8e4f0673
 @dataclass
 class SequenceGroup:
     """The examples at one node: `hidden_states (n, length, d)` of `active_rows (n,)` of the batch
@@ -870,7 +870,7 @@ class SequenceWalk(TreeWalk):
         gate = group.gate[:, None, None].to(hidden_states.dtype)
         return hidden_states + gate * (output - hidden_states)
 
-# %% ../../nbs/models/sprout.ipynb #b4ab789b
+# %% ../../nbs/models/sprout.ipynb #cfd58a86
 @dataclass
 class TokenGroup:
     """The tokens at one node: `key_idx (keys,)`, flat indices of all that entered its parent;
@@ -881,7 +881,7 @@ class TokenGroup:
     query_idx: torch.Tensor | None = None
     gate: torch.Tensor | None = None
 
-# %% ../../nbs/models/sprout.ipynb #dd76e95e
+# %% ../../nbs/models/sprout.ipynb #9114aa98
 class TokenGrid:
     """The `(batch, length)` tokens of a walk and the `past` columns before them. `attention_mask
     (batch, past+length)`: true where there is a token, or none; `cos_sin`: of the positions,
@@ -921,7 +921,7 @@ class TokenGrid:
         "`tensor (batch·length, ...)` at `flat_idx (n,)`."
         return tensor if len(flat_idx) == self.size else tensor[flat_idx]
 
-# %% ../../nbs/models/sprout.ipynb #3b8b3c06
+# %% ../../nbs/models/sprout.ipynb #8cf74fa0
 def _token_mask(grid: TokenGrid, group: TokenGroup):
     """Who sees whom at a node, `(batch, 1, length, columns)`; none where all see all. Padding
     looks at itself: its numbers are not used, but must not be NaN."""
@@ -943,7 +943,7 @@ def _skip_layers(grid: TokenGrid, visited: set, num_heads: int, like) -> None:
         layer.extend_mask(nobody)
         layer.update(empty, empty)
 
-# %% ../../nbs/models/sprout.ipynb #23c1d49a
+# %% ../../nbs/models/sprout.ipynb #b4a15735
 def _scatter_tokens(flat, outputs: list[tuple]):
     """`flat (batch·length, d)` with the tokens of all groups replaced: (their indices `(n,)`,
     states `(n, d)`) of each."""
@@ -951,7 +951,7 @@ def _scatter_tokens(flat, outputs: list[tuple]):
     indices = torch.cat([active_rows for active_rows, _ in outputs])
     return flat.index_copy(0, indices, torch.cat([states for _, states in outputs]).to(flat.dtype))
 
-# %% ../../nbs/models/sprout.ipynb #1ae4e072
+# %% ../../nbs/models/sprout.ipynb #65c278a4
 class TokenWalk(TreeWalk):
     "A walk on which every token takes a path of its own."
 
@@ -1009,7 +1009,7 @@ class TokenWalk(TreeWalk):
         before = tokens.queries_of(hidden_states)
         return active_rows, before + group.gate[:, None].to(before.dtype) * (output - before)
 
-# %% ../../nbs/models/sprout.ipynb #5a8a64cf
+# %% ../../nbs/models/sprout.ipynb #145cf7fd
 def _world_size() -> int:
     "How many processes train together."
     alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
@@ -1023,7 +1023,7 @@ def _add_over_processes(counts: list[torch.Tensor], before: list[torch.Tensor]) 
     for now, then, more in zip(counts, before, total.split([len(n) for n in new])):
         now.copy_(then + more.view(then.shape).to(then.dtype))
 
-# %% ../../nbs/models/sprout.ipynb #d97760f2
+# %% ../../nbs/models/sprout.ipynb #f1c5665a
 class CountingTree(SproutTree):
     "A tree that counts who came where in training, and tells of it."
 
@@ -1067,7 +1067,7 @@ class CountingTree(SproutTree):
         steps = torch.arange(max(0, length - min(window, size)), length, device=self.trend.device)
         return self.trend[steps % size]
 
-# %% ../../nbs/models/sprout.ipynb #a9f1b082
+# %% ../../nbs/models/sprout.ipynb #2b200474
 class ReportingTree(CountingTree):
     "A tree that tells of itself: its structure, its statistics, whether it has converged."
 
@@ -1100,7 +1100,7 @@ class ReportingTree(CountingTree):
         older, newer = recent[:window // 2], recent[window // 2:]
         return abs(older.mean() - newer.mean()).item() < threshold
 
-# %% ../../nbs/models/sprout.ipynb #c87c5664
+# %% ../../nbs/models/sprout.ipynb #ad191fd6
 class ReportingMixin:
     "Tells of the tree of a model, `self.tree`."
 
@@ -1140,7 +1140,7 @@ class GrowthEvent:
         told -= {"parameters", "num_nodes"}
         return {name: value for name, value in self.__dict__.items() if name in told}
 
-# %% ../../nbs/models/sprout.ipynb #797393b4
+# %% ../../nbs/models/sprout.ipynb #9cfc2b50
 @torch.no_grad()
 def check_growth(tree: CountingTree, threshold: float | None = None,
                  patience: int | None = None) -> list[GrowthEvent]:
@@ -1181,7 +1181,7 @@ def _begin_counts(tree: CountingTree) -> None:
     for node in tree.nodes:
         for count in (node.arrived, node.compatibility, node.query): count.zero_()
 
-# %% ../../nbs/models/sprout.ipynb #9ded859b
+# %% ../../nbs/models/sprout.ipynb #902e7717
 def _first_child(tree: CountingTree, event: GrowthEvent, noise) -> list[nn.Module]:
     "A child that is the identity, and its parent's router: the new modules."
     parent = tree.nodes[event.node_id]
@@ -1200,7 +1200,7 @@ def _first_child(tree: CountingTree, event: GrowthEvent, noise) -> list[nn.Modul
     tree.nodes.append(child)
     return [child, router]
 
-# %% ../../nbs/models/sprout.ipynb #4795ab85
+# %% ../../nbs/models/sprout.ipynb #29a55ae9
 def _branch(tree: CountingTree, event: GrowthEvent, room: int, noise) -> list[nn.Module]:
     """A copy of the busiest sibling that fits, with all below it: the new nodes, or none where
     nothing fits."""
@@ -1235,7 +1235,7 @@ def _move_key(tree: CountingTree, event: GrowthEvent, others: list[int], key, no
     if mean_query.norm() > 0: step -= mean_query * (step @ mean_query) / (mean_query @ mean_query)
     key += step
 
-# %% ../../nbs/models/sprout.ipynb #e5e1907b
+# %% ../../nbs/models/sprout.ipynb #08e74026
 @torch.no_grad()
 def add_child(tree: CountingTree, event: GrowthEvent) -> bool:
     """Sprout a child below `event.node_id` so that the function hardly changes, and complete the
@@ -1258,7 +1258,7 @@ def add_child(tree: CountingTree, event: GrowthEvent) -> bool:
     event.num_nodes = len(tree.nodes)
     return True
 
-# %% ../../nbs/models/sprout.ipynb #122605cd
+# %% ../../nbs/models/sprout.ipynb #34b413b3
 def register_parameters(optimizer, model: nn.Module, new: dict[str, nn.Parameter]) -> None:
     """Let a running optimizer train `new` parameters (name → parameter): each joins the group of
     the root's parameter of its kind, with moments from zero; nothing else changes."""
@@ -1284,7 +1284,7 @@ def _groups(optimizer) -> list[tuple[torch.optim.Optimizer, dict]]:
     parts = getattr(optimizer, "parts", [optimizer])
     return [(part, group) for part in parts for group in part.param_groups]
 
-# %% ../../nbs/models/sprout.ipynb #d184bf58
+# %% ../../nbs/models/sprout.ipynb #f3f44bfd
 def remove_nodes(tree: CountingTree, gone: set[int]) -> list[nn.Parameter]:
     """Drop nodes (with all below them among `gone`) and number the others anew, in their order;
     returns the parameters that went."""
@@ -1309,7 +1309,7 @@ def _average_into(kept: SproutNode, dropped: SproutNode) -> None:
     for name in ("usage", "arrived", "compatibility", "query"):
         getattr(kept, name).add_(getattr(dropped, name))
 
-# %% ../../nbs/models/sprout.ipynb #0c623552
+# %% ../../nbs/models/sprout.ipynb #ed7d6be5
 def _note_events(model, events: list[GrowthEvent]) -> None:
     "Write the shape of a model's tree, and what happened to it, into its configuration."
     tree, usage = model.tree.parents, model.tree.usage()
@@ -1317,7 +1317,7 @@ def _note_events(model, events: list[GrowthEvent]) -> None:
     model.config.tree, model.config.history = tree, [*(model.config.history or []), *notes]
     model.tree.trend_length.zero_()   # convergence is counted from here
 
-# %% ../../nbs/models/sprout.ipynb #b8671663
+# %% ../../nbs/models/sprout.ipynb #f3e96029
 class PruningMixin:
     "Removes nodes from the tree of a model: `self.tree`, and its shape in `self.config`."
 
@@ -1358,7 +1358,7 @@ class PruningMixin:
         for event in events: event.num_nodes = len(self.tree.nodes)
         _note_events(self, events)
 
-# %% ../../nbs/models/sprout.ipynb #f4368508
+# %% ../../nbs/models/sprout.ipynb #4d636400
 _SHARDED_TREE = ("a tree cannot grow while its parameters are sharded over processes; "
                 "train it with data parallelism, or set growth=none")
 
@@ -1367,7 +1367,7 @@ def _event_below(tree: CountingTree, node_id: int) -> GrowthEvent:
     action = "branched" if tree.children_of(node_id) else "created_first_child"
     return GrowthEvent(node_id, tree.nodes[node_id].depth, action)
 
-# %% ../../nbs/models/sprout.ipynb #cd13e7af
+# %% ../../nbs/models/sprout.ipynb #005a05fc
 class GrowthMixin(PruningMixin):
     """Grows the tree of a model, `self.tree`, and loses nodes of it; the shape stands in
     `self.config`."""
@@ -1408,7 +1408,7 @@ class GrowthMixin(PruningMixin):
         new = {name: p for event in grown for name, p in event.parameters.items()}
         register_parameters(optimizer, self, new)
 
-# %% ../../nbs/models/sprout.ipynb #1aaad671
+# %% ../../nbs/models/sprout.ipynb #6081f09a
 class TreeMixin(GrowthMixin, ReportingMixin):
     """What can be done with the tree of a model: see it, let it grow, prune it, take over
     another's shape."""
@@ -1425,7 +1425,7 @@ class TreeMixin(GrowthMixin, ReportingMixin):
         self.tree.synced_counts = None
         return changed
 
-# %% ../../nbs/models/sprout.ipynb #976d5777
+# %% ../../nbs/models/sprout.ipynb #8c95e290
 @dataclass
 class SproutModelOutput(ModelOutput):
     """What a tree returns. `hidden_states`: the embeddings and the states after each level,
@@ -1449,7 +1449,7 @@ class SproutModelOutput(ModelOutput):
                    hidden_states=as_tuple(walk.hidden_states), attentions=as_tuple(walk.attentions),
                    balance_loss=walk.balance_loss, **logged)
 
-# %% ../../nbs/models/sprout.ipynb #8a11269f
+# %% ../../nbs/models/sprout.ipynb #2d2b3956
 def _boolean_mask(attention_mask, past: int, length: int):
     "The mask as booleans `(batch, past+length)`, or none where nothing is hidden."
     if attention_mask is None: return None
@@ -1475,7 +1475,7 @@ def _caches(tree: SproutTree, past_key_values, use_cache):
 
 def _default(value, default): return default if value is None else value
 
-# %% ../../nbs/models/sprout.ipynb #7b89f95f
+# %% ../../nbs/models/sprout.ipynb #07ae7c43
 class SproutModel(TreeMixin, ReportingTree):
     "The tree as a model: token ids to hidden states."
 
@@ -1539,7 +1539,7 @@ def token_loss(logits, targets, num_items_in_batch=None):
     if num_items_in_batch is None: num_items_in_batch = (targets != -100).sum().clamp(min=1)
     return total / num_items_in_batch
 
-# %% ../../nbs/models/sprout.ipynb #e7fee939
+# %% ../../nbs/models/sprout.ipynb #abfea649
 @dataclass
 class SproutOutput(ModelOutput):
     """What a model with a head returns. `loss` in nats per target, with `balance_loss` in it in
@@ -1563,7 +1563,7 @@ class SproutOutput(ModelOutput):
         rest = {name: value for name, value in output.items() if name != "last_hidden_state"}
         return cls(loss=loss, logits=logits, **rest)
 
-# %% ../../nbs/models/sprout.ipynb #a4058bff
+# %% ../../nbs/models/sprout.ipynb #86982a42
 class SproutForMaskedLM(TreeMixin, SproutPreTrainedModel):
     "The tree with a head for masked tokens; by default each sequence takes a path of its own."
     base_model_class = SproutModel
@@ -1597,7 +1597,7 @@ class SproutForMaskedLM(TreeMixin, SproutPreTrainedModel):
         output = SproutOutput.of(output, logits, targets, num_items_in_batch, balance)
         return output if return_dict in (None, True) else output.to_tuple()
 
-# %% ../../nbs/models/sprout.ipynb #0f0d6987
+# %% ../../nbs/models/sprout.ipynb #bcab9edd
 class SproutForCausalLM(TreeMixin, SproutPreTrainedModel, CausalGenerationMixin):
     """The tree as a language model: every token takes a path of its own, and sees only what came
     before it."""
@@ -1638,7 +1638,7 @@ class SproutForCausalLM(TreeMixin, SproutPreTrainedModel, CausalGenerationMixin)
             output, logits, targets, num_items_in_batch, self.config.router_balance)
         return output if return_dict in (None, True) else output.to_tuple()
 
-# %% ../../nbs/models/sprout.ipynb #55f2ea9e
+# %% ../../nbs/models/sprout.ipynb #8f951e18
 class SproutLanguageModel(SproutForMaskedLM):
     """`SproutForMaskedLM` under the guide's name and with the guide's constructor:
     `SproutLanguageModel(vocab_size=30522, hidden_dim=512, max_depth=2)`. What is not given has the
@@ -1677,7 +1677,8 @@ def trace(model, tokenizer, text: str) -> dict:
     finally: model.train(training)
     log = output.path_log
     whole = log.length is None                                    # one path for the text
-    nodes = log.paths()[:, 0].T.tolist()                          # per level, or per token and level
+    nodes = log.paths()[:, 0]                                     # (levels,) or (levels, tokens)
+    nodes = (nodes if whole else nodes.mT).tolist()
     ended = lambda column: [node for node in column if node >= 0]
     path = ended(nodes) if whole else [ended(column) for column in nodes]
     compatibilities = {}
