@@ -34,7 +34,7 @@ class GrowthPolicy:
 
     def load_state(self, state: dict) -> None: "Take up a state again."
 
-# %% ../../nbs/trainers/growth.ipynb #40b2ef10
+# %% ../../nbs/trainers/growth.ipynb #d8f12c7f
 class ThresholdGrowth(GrowthPolicy):
     """Branch where the best compatibility stays below the threshold; first children whenever there
     is room."""
@@ -93,7 +93,7 @@ class ImbalanceGrowth(GrowthPolicy):
             if arrived[i] and busiest > self.max_share * arrived[i]: crowded.append((-busiest, i))
         return [i for _, i in (*sorted(childless), *sorted(crowded))]
 
-# %% ../../nbs/trainers/growth.ipynb #1f912a67
+# %% ../../nbs/trainers/growth.ipynb #6931359d
 POLICIES = {policy.name: policy
             for policy in (ThresholdGrowth, PlateauGrowth, ImbalanceGrowth, GrowthPolicy)}
 
@@ -141,7 +141,7 @@ def prune_and_merge(model, *, prune_after: int | None = None, merge_tolerance: f
         if pairs: events.append(model.merge(*pairs[0][:2], optimizer=optimizer, step=step))
     return events
 
-# %% ../../nbs/trainers/growth.ipynb #dbadbe59
+# %% ../../nbs/trainers/growth.ipynb #2955084f
 def growth_sentence(event: GrowthEvent, max_nodes: int) -> str:
     "What happened to a tree, in a line of a run's log."
     child, node = f"node {event.child_id}", f"node {event.node_id}"
@@ -154,7 +154,7 @@ def growth_sentence(event: GrowthEvent, max_nodes: int) -> str:
     else: words = f"{child} was merged into its twin, node {event.copied_from}"
     return f"step {event.step:>6,}  {words}; {event.num_nodes}/{max_nodes} nodes"
 
-# %% ../../nbs/trainers/growth.ipynb #b1257b39
+# %% ../../nbs/trainers/growth.ipynb #fde18224
 def rewrap(trainer, new_optimizer: bool = False) -> None:
     """Wrap a trainer's model again after its parameters have changed; with `new_optimizer`, also
     begin a new one."""
@@ -191,7 +191,7 @@ class TreeLog:
                           "compatibility": recent.mean().item() if len(recent) else None,
                           "tree": words(tree.parents), "usage": words(tree.usage())})
 
-# %% ../../nbs/trainers/growth.ipynb #18b9fb02
+# %% ../../nbs/trainers/growth.ipynb #71e7845c
 def growth_check(trainer, policy: GrowthPolicy, limit: int = 1) -> bool:
     """Ask `policy` (at most `limit` children), prune and merge, and say what happened; returns
     whether the tree has changed."""
@@ -208,7 +208,7 @@ def growth_check(trainer, policy: GrowthPolicy, limit: int = 1) -> bool:
     if before < most <= now: trainer.log(f"⚠️  Node limit reached: {now}/{most} nodes")
     return bool(changes)
 
-# %% ../../nbs/trainers/growth.ipynb #af5b7990
+# %% ../../nbs/trainers/growth.ipynb #c5cc953f
 SHARDED_TREE = ("a tree cannot grow while its parameters are sharded over processes; "
                 "use data parallelism, or growth=none")
 
@@ -220,7 +220,7 @@ def recall(policy: GrowthPolicy, config: SproutConfig) -> None:
         raise ConfigError(f"growth_state={config.growth_state}: is not what growth={policy.name} "
                           "remembers; growth writes it, leave it out") from None
 
-# %% ../../nbs/trainers/growth.ipynb #2c8871d8
+# %% ../../nbs/trainers/growth.ipynb #6a30054c
 class Growth(Callback):
     """Grows a trainer's tree by a policy (by default the one that the model's configuration
     names), prunes and merges, and logs the tree's shape and use to logs/tree_log.csv. `limit`:
@@ -268,7 +268,7 @@ class Growth(Callback):
         if not trainer.stop_reason.startswith("failed"): tree.sync()
         if trainer.model.config.visualize_structure: trainer.log(tree.structure_text())
 
-# %% ../../nbs/trainers/growth.ipynb #50c43d70
+# %% ../../nbs/trainers/growth.ipynb #04232697
 def epoch_summary(model, epoch: int, epochs: int, evaluation: dict) -> str:
     "The guide's summary of an epoch, from an evaluation with `loss` and `accuracy`."
     info = model.get_model_info()
