@@ -6,8 +6,9 @@
 __all__ = ['MISSING', 'sections', 'ALIASES', 'SWITCHES', 'VALUES', 'ConfigError', 'nearest', 'FieldSpec', 'setting',
            'BeforeValidator', 'settings_fields', 'checked_value', 'Settings', 'settings_class', 'DataConfig',
            'TrainingConfig', 'OutputConfig', 'canonical', 'check_file', 'read_bytes', 'read_text', 'parse_json',
-           'read_json', 'user_path', 'read_mapping', 'flatten', 'read_settings', 'preset_names', 'families_of_preset',
-           'read_preset', 'RunConfig', 'command_line', 'resolve', 'settings_table', 'aliases_table']
+           'read_json', 'user_path', 'read_mapping', 'flatten', 'read_settings', 'add_presets', 'preset_names',
+           'families_of_preset', 'read_preset', 'RunConfig', 'command_line', 'resolve', 'settings_table',
+           'aliases_table']
 
 # %% ../nbs/configs.ipynb #c7c6b345
 import copy
@@ -78,7 +79,7 @@ class FieldSpec:
         words = f"{_WORDS[self.type]} {' and '.join(bounds)}".strip()
         return words + (", or none" if self.optional else "")
 
-# %% ../nbs/configs.ipynb #279f8c36
+# %% ../nbs/configs.ipynb #eae0ccaa
 def setting(help: str, *, ge=None, gt=None, le=None, lt=None, unit: str | None = None,
             log: bool = False) -> dict:
     """A setting's help, its bounds (`ge` ≥, `gt` >, `le` ≤, `lt` <), its `unit`, and whether a slider
@@ -119,7 +120,7 @@ def settings_fields(cls, section: str = "") -> list[FieldSpec]:
     specs = getattr(cls, "settings", cls).model_fields.values()
     return [replace(spec, section=section) for spec in specs]
 
-# %% ../nbs/configs.ipynb #549c402b
+# %% ../nbs/configs.ipynb #61a20866
 _SWITCHES = {**dict.fromkeys(("true", "t", "yes", "y", "on", "1"), True),
              **dict.fromkeys(("false", "f", "no", "n", "off", "0"), False)}
 
@@ -131,9 +132,9 @@ def _number(value, kind: type):
         number = float(value)
         if not math.isfinite(number): raise ValueError
         return number
-    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+\.0*", value): value = value.split(".")[0]
+    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+\.0+", value): value = value.split(".")[0]
     number = int(value)
-    if not isinstance(value, str) and number != value: raise ValueError
+    if isinstance(value, float) and (number != value or abs(value) >= 2**53): raise ValueError
     return number
 
 def _converted(spec: FieldSpec, value):
@@ -152,7 +153,7 @@ def _converted(spec: FieldSpec, value):
         if all(isinstance(item, spec.items or object) for item in value): return list(value)
     raise TypeError
 
-# %% ../nbs/configs.ipynb #98f1fc4b
+# %% ../nbs/configs.ipynb #2c37070d
 def _inside(spec: FieldSpec, value) -> bool:
     "Whether a number lies within a setting's bounds."
     if spec.ge is not None and value < spec.ge: return False
@@ -229,7 +230,7 @@ class Settings:
         values = ", ".join(f"{name}={self.__dict__[name]!r}" for name in self.model_fields)
         return f"{type(self).__name__}({values})"
 
-# %% ../nbs/configs.ipynb #d4dd785a
+# %% ../nbs/configs.ipynb #c4371a54
 def settings_class(name: str, fields: dict, doc: str | None = None) -> type[Settings]:
     "A `Settings` class of `fields`: name → (annotation, default)."
     annotations = {field_name: annotation for field_name, (annotation, _) in fields.items()}
@@ -325,7 +326,7 @@ class _Schedule(Settings):
             raise ConfigError(f"warmup_steps={self.warmup_steps} is above lr_decay_steps={end}; "
                               "the warm-up must end before the decay does")
 
-# %% ../nbs/configs.ipynb #88be2835
+# %% ../nbs/configs.ipynb #1ee39656
 class _Arithmetic(_Schedule):
     "How carefully, and on what."
     weight_decay: Annotated[float, setting(
@@ -355,7 +356,7 @@ class _Arithmetic(_Schedule):
             raise ConfigError(f"{refused} does not work with parallel={self.parallel}; "
                               f"use {instead}, or parallel=data")
 
-# %% ../nbs/configs.ipynb #cf8b3c5d
+# %% ../nbs/configs.ipynb #88262d22
 class TrainingConfig(_Arithmetic):
     "How long, how fast, how carefully."
     eval_interval: Annotated[int, setting("Steps between evaluations.", ge=1, unit="steps")] = 100
@@ -537,7 +538,7 @@ class _StrictLoader(yaml.SafeLoader):
             seen.add(written)
         return super().construct_mapping(node, deep)
 
-# %% ../nbs/configs.ipynb #0cc390c7
+# %% ../nbs/configs.ipynb #b00c58fd
 def _parse_yaml(text: str, path):
     "YAML as plain data, by its safe loader; a key that stands twice is refused."
     try:
@@ -628,26 +629,39 @@ def read_settings(path) -> dict:
                           "there") from None
 
 # %% ../nbs/configs.ipynb #1681fd69
+_further_presets: dict[str, dict | Path] = {}
+
 def _preset_folder(family: str) -> Path:
-    if "__file__" in globals(): return Path(__file__).parent / "presets" / family
-    return Path("../sprout_lab/presets") / family
+    "The folder of a family's presets: its own, or the one that the lab ships."
+    further = _further_presets.get(family)
+    if isinstance(further, Path): return further
+    lab = Path(__file__).parent if "__file__" in globals() else Path("../sprout_lab")
+    return lab / "presets" / family
+
+def add_presets(family: str, presets: dict | str | Path) -> None:
+    "Make presets of a family from elsewhere known: name → settings, or a folder of YAML files."
+    _further_presets[family] = presets if isinstance(presets, dict) else user_path(presets)
 
 def preset_names(family: str) -> list[str]:
-    "Names of the shipped presets of a family, sizes first."
-    sizes = ["nano", "mini", "small", "base"]
-    names = sorted(p.stem for p in _preset_folder(family).glob("*.yaml"))
+    "Names of the presets of a family, sizes first."
+    sizes, further = ["nano", "mini", "small", "base"], _further_presets.get(family)
+    if isinstance(further, dict): names = sorted(further)
+    else: names = sorted(path.stem for path in _preset_folder(family).glob("*.yaml"))
     return [n for n in sizes if n in names] + [n for n in names if n not in sizes]
 
 def families_of_preset(name: str) -> list[str]:
-    "The families that have a shipped preset of that name."
-    folders = (folder for folder in _preset_folder(".").iterdir() if folder.is_dir())
-    return sorted(folder.name for folder in folders if name in preset_names(folder.name))
+    "The families that have a preset of that name."
+    shipped = [folder.name for folder in _preset_folder(".").iterdir() if folder.is_dir()]
+    known = {*shipped, *_further_presets}
+    return sorted(family for family in known if name in preset_names(family))
 
 def read_preset(family: str, name: str) -> dict:
-    "A shipped preset as flat names and values; unknown names are answered with the known ones."
-    known = preset_names(family)
-    if name in known: return read_settings(_preset_folder(family) / f"{name}.yaml")
-    raise ConfigError(f"preset={name!r}: {family} has {', '.join(known)}{nearest(name, known)}")
+    "A preset as flat names and values; unknown names are answered with the known ones."
+    known, further = preset_names(family), _further_presets.get(family)
+    if name not in known:
+        raise ConfigError(f"preset={name!r}: {family} has {', '.join(known)}{nearest(name, known)}")
+    if isinstance(further, dict): return flatten(further[name], f"the preset {name} of {family}")
+    return read_settings(_preset_folder(family) / f"{name}.yaml")
 
 # %% ../nbs/configs.ipynb #f3fd47c2
 @dataclass
@@ -692,7 +706,7 @@ class RunConfig:
 
     def command(self) -> str: return command_line(self)
 
-# %% ../nbs/configs.ipynb #53ae90b8
+# %% ../nbs/configs.ipynb #f1c7fb3d
 def command_line(run: RunConfig) -> str:
     "The command line that starts the same run: what is no preset's and no default, as flags."
     flags, unsaid = [], ("default", "preset", "set aside", "follows")
@@ -752,19 +766,22 @@ class _Layers:
         try: return cls(**mine)
         except ConfigError as error: raise _with_source(error, self.sources) from None
 
-# %% ../nbs/configs.ipynb #187560d9
+# %% ../nbs/configs.ipynb #ee14aa25
 def resolve(family: str, model_settings, *, flags: dict | None = None, config: str | None = None,
-            presets: list[str] = (), objective: str | None = None) -> RunConfig:
+            presets: list[str] = (), objective: str | None = None,
+            content: dict | None = None) -> RunConfig:
     """Lay flags over a file over presets over defaults. `model_settings` is the model's
     configuration class (or its settings class); `presets` are read in order, later ones win.
-    Unknown names, wrong values and impossible combinations are one-line `ConfigError`s."""
+    Unknown names, wrong values and impossible combinations are one-line `ConfigError`s. `content`:
+    of the file `config`, where it was read before."""
     model_settings = getattr(model_settings, "settings", model_settings)
     home = {name: section for section, cls in sections.items() for name in cls.model_fields}
     own = [name for name in model_settings.model_fields if name not in home]
     layers = _Layers(family, home | dict.fromkeys(own, "model"))
     layers.objective = objective
     sources = [(f"preset {name}", read_preset(family, name)) for name in presets]
-    if config is not None: sources.append((f"file {config}", read_settings(config)))
+    if config is not None:
+        sources.append((f"file {config}", read_settings(config) if content is None else content))
     for level, (source, layer) in enumerate([*sources, ("flag", flags or {})]):
         layers.lay(level, source, layer)
     for winner, loser in (("num_epochs", "max_steps"), ("max_steps", "num_epochs"),
