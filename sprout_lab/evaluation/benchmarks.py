@@ -36,7 +36,7 @@ from ..data.corpora import load_corpus
 from ..data.prepare import load_data
 from ..data.tokenizers import PATTERN, Tokenizer, train_bpe
 from ..decoding.engine import Engine
-from ..models.llama2c import export_llama
+from ..models.importing import export_llama
 from ..trainers.callbacks import Callback
 from ..trainers.optimizers import build_optimizer, learning_rate_at
 from ..trainers.trainer import Trainer, seed_everything
