@@ -349,7 +349,7 @@ def _writer(model_path: str, device: str):
     "(model, tokenizer, objective) of a run that can write."
     from sprout_lab.families import load_model
     from sprout_lab.objectives import objective_of
-    from sprout_lab.trainers.trainer import device_of
+    from sprout_lab.trainers.devices import device_of
     model, tokenizer = load_model(model_path, log=_to_stderr)
     if tokenizer is None:
         raise ConfigError(f"{model_path}: has no tokenizer, it was trained on bare ids and cannot "

@@ -198,6 +198,7 @@ class TrainingConfig(Settings):
     parallel: Annotated[Literal["data", "sharded", "tensor"], setting("How several processes (torchrun) share a Transformer: data: each has it whole; sharded: FSDP2; tensor: each has some of the heads.")] = "data"
     eval_interval: Annotated[int, setting("Steps between evaluations.", ge=1, unit="steps")] = 100
     eval_batches: Annotated[int | None, setting("Held-out batches per evaluation during training; none evaluates on all.", ge=1, unit="batches")] = 20
+    final_eval_batches: Annotated[int | None, setting("Held-out batches of the evaluation at the end; none evaluates on all, 0 leaves it out.", ge=0, unit="batches")] = None
     save_interval: Annotated[int, setting("Steps between checkpoints.", ge=1, unit="steps")] = 500
     keep_checkpoints: Annotated[int, setting("Periodic checkpoints kept beside best and latest.", ge=1, le=10**6)] = 2
     log_interval: Annotated[int, setting("Steps between rows of the training log.", ge=1, unit="steps")] = 10

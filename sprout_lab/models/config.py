@@ -57,12 +57,13 @@ class ModelConfig(PreTrainedConfig):
         cls.settings = create_model(cls.__name__, __base__=Settings, __doc__=cls.__doc__,
                                     **_setting_fields(cls))
         store, known = cls.__init__, cls.settings.model_fields
+        own = set(cls.__dataclass_fields__)   # what the models write themselves is no setting
 
         def __init__(self, **values):
             mine = {name: value for name, value in values.items() if name in known}
             rest = {name: value for name, value in values.items() if name not in known}
             for name in rest:
-                if name.startswith("_") or name in _HUB_NAMES: continue
+                if name.startswith("_") or name in _HUB_NAMES | own: continue
                 hint = nearest(name, known)
                 raise ConfigError(f"{name}: {cls.__name__} has no such setting{hint}")
             object.__setattr__(self, "_ready", False)
