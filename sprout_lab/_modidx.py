@@ -3517,6 +3517,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                    'sprout_lab/trainers/checkpoints.py'),
                                                  'sprout_lab.trainers.checkpoints.TrainerState.check': ( 'trainers/checkpoints.html#trainerstate.check',
                                                                                                          'sprout_lab/trainers/checkpoints.py'),
+                                                 'sprout_lab.trainers.checkpoints._check_vocabulary': ( 'trainers/checkpoints.html#_check_vocabulary',
+                                                                                                        'sprout_lab/trainers/checkpoints.py'),
                                                  'sprout_lab.trainers.checkpoints._errors_only': ( 'trainers/checkpoints.html#_errors_only',
                                                                                                    'sprout_lab/trainers/checkpoints.py'),
                                                  'sprout_lab.trainers.checkpoints._misfits': ( 'trainers/checkpoints.html#_misfits',

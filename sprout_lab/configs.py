@@ -689,6 +689,7 @@ class RunConfig:
     def save(self, path) -> None:
         "Write it as YAML, beside and renamed into place; it loads with `--config`."
         path = Path(path)
+        check_file(path, "a configuration")
         beside = path.with_name(f".{path.name}.{os.getpid()}")
         text = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
         beside.write_text(text, encoding="utf-8")
