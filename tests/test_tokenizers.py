@@ -18,16 +18,24 @@ from transformers import AutoTokenizer
 from sprout_lab.configs import ConfigError
 from sprout_lab.data import tokenizers as module
 from sprout_lab.data.corpora import load_corpus
-from sprout_lab.data.tokenizers import (PATTERN, ByteTokenizer, CharTokenizer, SentencePieceTokenizer, Tokenizer, last_boundary, count_pretokens, cut_point, document_end,
-                                        encode_array, fingerprint, load_tokenizer, apply_merges, recoverable, resolve_tokenizer, save_tokenizer, token_bytes, train_bpe)
+from sprout_lab.data.tokenizers import (PATTERN, ByteTokenizer, CharTokenizer,
+                                        SentencePieceTokenizer, Tokenizer, last_boundary,
+                                        count_pretokens, cut_point, document_end,
+                                        encode_array, fingerprint, load_tokenizer, apply_merges,
+                                        recoverable, resolve_tokenizer, save_tokenizer, token_bytes,
+                                        train_bpe)
 
 ROOT = Path(__file__).parent.parent
 END = "<|endoftext|>"
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""   # as published with GPT-2
 any_text = st.text(max_size=60)
 # text that provokes: borders, contractions, special tokens, several scripts, white space of all kinds
-tricky = st.lists(st.sampled_from([" ", "  ", "\n", "\r\n", "\t", "\u00a0", "\u3000", "\x1c", "\x85", "a", "the", "'s", "'ll", "'", "’", "1", "½", ".", "...", "!?", "été", "e\u0301", "世界",
-                                   "。", "🌍", "👩‍👩‍👧", "مرحبا", "Привет", END, END + END, "<|end", "oftext|>", "<|", "|>", "<| a |>", "def f(x):\n    return"]), max_size=20).map("".join)
+tricky = st.lists(st.sampled_from([" ", "  ", "\n", "\r\n", "\t", "\u00a0", "\u3000", "\x1c",
+                                   "\x85", "a", "the", "'s", "'ll", "'", "’", "1", "½", ".", "...",
+                                   "!?", "été", "e\u0301", "世界",
+                                   "。", "🌍", "👩‍👩‍👧", "مرحبا", "Привет", END, END + END, "<|end",
+                                   "oftext|>", "<|", "|>", "<| a |>", "def f(x):\n    return"]),
+                                   max_size=20).map("".join)
 
 
 def refused(call, *parts):
@@ -38,18 +46,22 @@ def refused(call, *parts):
 
 
 def plain_encode(tokenizer: Tokenizer, text: str, pattern=GPT2_PATTERN) -> list[int]:
-    "The definition, word for word: split at special tokens (longest first), then GPT-2's pattern, then merges by rank."
+    """The definition, word for word: split at special tokens (longest first), then GPT-2's
+    pattern, then merges by rank."""
     ranks = {}
     for rank, pair in enumerate(tokenizer.merges): ranks.setdefault(pair, rank)
     ids = {}
     for i, token in sorted(tokenizer.vocab.items(), reverse=True):
         if i not in tokenizer.special_tokens.values(): ids[token] = i
     special = sorted(tokenizer.special_tokens, key=len, reverse=True)
-    parts = regex.split("(" + "|".join(map(regex.escape, special)) + ")", text) if special else [text]
+    parts = regex.split("(" + "|".join(map(regex.escape, special)) + ")",
+                        text) if special else [text]
     found = []
     for i, part in enumerate(parts):
         if i % 2: found.append(tokenizer.special_tokens[part])
-        else: found += [ids[t] for piece in regex.findall(pattern, part) for t in apply_merges(piece.encode(), ranks)]
+        else:
+            found += [ids[t] for piece in regex.findall(pattern,
+                                                        part) for t in apply_merges(piece.encode(), ranks)]
     return found
 
 
@@ -61,7 +73,8 @@ def small():
 
 
 @pytest.fixture(scope="module")
-def gpt2(lab_data): return Tokenizer.from_files(lab_data("gpt2/encoder.json"), lab_data("gpt2/vocab.bpe"))
+def gpt2(lab_data):
+    return Tokenizer.from_files(lab_data("gpt2/encoder.json"), lab_data("gpt2/vocab.bpe"))
 
 
 # --- bytes and characters
@@ -70,7 +83,8 @@ def gpt2(lab_data): return Tokenizer.from_files(lab_data("gpt2/encoder.json"), l
 def test_bytes_round_trip(text):
     tokenizer = ByteTokenizer()
     ids = tokenizer.encode(text)
-    assert ids == list(text.encode()) and tokenizer.decode(ids) == text and encode_array(tokenizer, text).tolist() == ids
+    assert ids == list(text.encode()) and tokenizer.decode(ids) == text
+    assert encode_array(tokenizer, text).tolist() == ids
     assert tokenizer(text)["input_ids"] == ids and max(ids, default=0) < 254
 
 
@@ -85,10 +99,13 @@ def test_bytes_decode_anything(ids):
 def test_byte_tokenizer_in_hugging_face_hands():
     tokenizer = ByteTokenizer()
     batch = tokenizer(["ab", "abcd"], padding=True, return_tensors="pt")
-    assert batch["attention_mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]] and batch["input_ids"][0].tolist() == [97, 98, 255, 255]
+    assert batch["attention_mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
+    assert batch["input_ids"][0].tolist() == [97, 98, 255, 255]
     assert tokenizer.batch_decode(batch["input_ids"], skip_special_tokens=True) == ["ab", "abcd"]
-    assert tokenizer.convert_ids_to_tokens([97, 255]) == ["a", "<eos>"] and len(tokenizer.get_vocab()) == 256
-    assert tokenizer.encode("a<eos>") == list(b"a<eos>") and tokenizer.encode("ab", truncation=True, max_length=1) == [97]
+    assert tokenizer.convert_ids_to_tokens([97, 255]) == ["a", "<eos>"]
+    assert len(tokenizer.get_vocab()) == 256
+    assert tokenizer.encode("a<eos>") == list(b"a<eos>")
+    assert tokenizer.encode("ab", truncation=True, max_length=1) == [97]
     masked = ByteTokenizer(masked=True)
     assert masked.encode("a<mask>") == [97, 257] and len(masked.get_vocab()) == 259
     refused(lambda: tokenizer.decode([256]), "256")
@@ -97,15 +114,20 @@ def test_byte_tokenizer_in_hugging_face_hands():
 
 def test_raw_bytes():
     tokenizer = ByteTokenizer()
-    for raw, place in [(b"a\xfe", "byte 1 is 0xFE"), (b"\xff", "begin and end of text"), (b"abc\xc3", "byte 3")]: refused(lambda: tokenizer.encode_bytes(raw), place)
-    assert tokenizer.encode_bytes(b"a\xfe\xffb", invalid="replace") == list("a\ufffd\ufffdb".encode())
+    for raw, place in [(b"a\xfe", "byte 1 is 0xFE"), (b"\xff", "begin and end of text"),
+                       (b"abc\xc3", "byte 3")]:
+        refused(lambda: tokenizer.encode_bytes(raw), place)
+    assert tokenizer.encode_bytes(b"a\xfe\xffb",
+                                  invalid="replace") == list("a\ufffd\ufffdb".encode())
 
 
-@given(vocabulary=st.sets(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20), data=st.data())
+@given(vocabulary=st.sets(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20),
+       data=st.data())
 def test_characters_round_trip(vocabulary, data):
     tokenizer = CharTokenizer.from_text("".join(vocabulary))
     text = data.draw(st.text(st.sampled_from(sorted(vocabulary)), max_size=30))
-    assert tokenizer.decode(tokenizer.encode(text)) == text and len(tokenizer.encode(text)) == len(text) == len(tokenizer(text)["input_ids"])
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert len(tokenizer.encode(text)) == len(text) == len(tokenizer(text)["input_ids"])
     foreign = data.draw(st.characters(exclude_categories=["Cs"]).filter(lambda c: c not in vocabulary))
     refused(lambda: tokenizer.encode(text + foreign), f"U+{ord(foreign):04X}")
 
@@ -113,7 +135,8 @@ def test_characters_round_trip(vocabulary, data):
 # --- training
 
 def naive_merges(counts: Counter, number: int) -> list:
-    "BPE as defined: count all pairs, take the most frequent, the lexicographically greater on a tie, merge it everywhere, begin again."
+    """BPE as defined: count all pairs, take the most frequent, the lexicographically greater on a
+    tie, merge it everywhere, begin again."""
     words = {tuple(bytes([b]) for b in piece.encode()): n for piece, n in counts.items()}
     merges = []
     while len(merges) < number:
@@ -135,7 +158,8 @@ def naive_merges(counts: Counter, number: int) -> list:
 
 
 @settings(max_examples=150, deadline=None)
-@given(pieces=st.dictionaries(st.text("ab\xff", min_size=1, max_size=12), st.integers(1, 5), max_size=8), number=st.integers(0, 30))
+@given(pieces=st.dictionaries(st.text("ab\xff", min_size=1, max_size=12), st.integers(1, 5),
+                              max_size=8), number=st.integers(0, 30))
 def test_merges_are_those_of_the_definition(pieces, number):
     assert module.learn_merges(pieces, number) == naive_merges(Counter(pieces), number)
 
@@ -144,7 +168,8 @@ def test_training_on_real_text_follows_the_definition():
     text = "".join(load_corpus("tales").documents("validation"))[:40_000]
     vocab, merges = train_bpe([text], 256 + 150 + 1, [END])
     assert merges == naive_merges(Counter(regex.findall(GPT2_PATTERN, text)), 150)
-    assert list(vocab.values()) == [END.encode(), *(bytes([b]) for b in range(256)), *(a + b for a, b in merges)]
+    assert list(vocab.values()) == [END.encode(), *(bytes([b]) for b in range(256)),
+                                    *(a + b for a, b in merges)]
 
 
 def test_rust_trainers_break_ties_otherwise():
@@ -155,7 +180,8 @@ def test_rust_trainers_break_ties_otherwise():
     other = rustbpe.Tokenizer()
     other.train_from_iterator(iter([text]), 500, pattern=GPT2_PATTERN)
     theirs = [bytes(t) for t, _ in sorted(other.get_mergeable_ranks(), key=lambda r: r[1])][256:]
-    assert theirs != [a + b for a, b in merges] and len(set(theirs) & {a + b for a, b in merges}) > 0.9 * len(merges)
+    assert theirs != [a + b for a, b in merges]
+    assert len(set(theirs) & {a + b for a, b in merges}) > 0.9 * len(merges)
 
 
 def test_no_merge_crosses_a_special_token(tmp_path):
@@ -174,7 +200,8 @@ def test_counting_does_not_depend_on_parts_or_processes(size):
     whole = module._count(text, special)
     pieces = [text[i:i + 77] for i in range(0, len(text), 77)]
     parts = Counter()
-    for part in module._split_at_boundaries(pieces, special, size): parts.update(module._count(part, special))
+    for part in module._split_at_boundaries(pieces, special, size):
+        parts.update(module._count(part, special))
     assert parts == whole == count_pretokens([pieces], special)
 
 
@@ -196,10 +223,15 @@ def test_impossible_sizes(tmp_path):
 
 # --- encoding: our engine, the definition, Hugging Face, tiktoken
 
-TEXTS = ["", " ", "\n", "Hello, world!", "  two  spaces ", "tabs\tand\r\nlines\r\n\r\n", "I'll don't we've they're 'tis 's 'S 'LL", "été e\u0301te\u0301 naïve", "a" * 3000, " " * 3000, "\n" * 500 + "x",
-         "1234567 ½ ① ４２ 1,000.50", "世界你好。今日は、한국어", "Привет мир", "مرحبا بالعالم", "नमस्ते दुनिया", "👩‍👩‍👧‍👦 🏳️‍🌈 🇩🇪 👍🏽", "a\u0300\u0301\u0302b", "\u200b\u200d\ufeff\u00a0\u2003x",
-         "def f(x):\n    return x ** 2  # comment\n", "http://a.b/c?d=e&f=%20", "<|endoftext|>", "<|endoftext|><|endoftext|>", "x<|endoftext|>y <|endoftext|> z", "<|endoftext", "|endoftext|>",
-         "\x00\x01\x7f", "\x1c\x1d \x85 \u2028\u2029", "Ω≈ç√∫˜µ≤≥÷", "ﬁ ﬂ Ǆ ß ẞ İ ı", "don’t “quote” — dash…", "A\u00adB", "\U000e0041\U000e0042", "𝕳𝖊𝖑𝖑𝖔 𝟙𝟚"]
+TEXTS = ["", " ", "\n", "Hello, world!", "  two  spaces ", "tabs\tand\r\nlines\r\n\r\n",
+         "I'll don't we've they're 'tis 's 'S 'LL", "été e\u0301te\u0301 naïve", "a" * 3000,
+         " " * 3000, "\n" * 500 + "x",
+         "1234567 ½ ① ４２ 1,000.50", "世界你好。今日は、한국어", "Привет мир", "مرحبا بالعالم", "नमस्ते दुनिया",
+         "👩‍👩‍👧‍👦 🏳️‍🌈 🇩🇪 👍🏽", "a\u0300\u0301\u0302b", "\u200b\u200d\ufeff\u00a0\u2003x",
+         # comment\n", "http://a.b/c?d=e&f=%20", "<|endoftext|>", "<|endoftext|><|endoftext|>", "x<|endoftext|>y <|endoftext|> z", "<|endoftext", "|endoftext|>",
+         "def f(x):\n    return x ** 2
+         "\x00\x01\x7f", "\x1c\x1d \x85 \u2028\u2029", "Ω≈ç√∫˜µ≤≥÷", "ﬁ ﬂ Ǆ ß ẞ İ ı",
+         "don’t “quote” — dash…", "A\u00adB", "\U000e0041\U000e0042", "𝕳𝖊𝖑𝖑𝖔 𝟙𝟚"]
 
 
 @pytest.mark.parametrize("which", ["small", "gpt2"])
@@ -208,30 +240,39 @@ def test_encoding_follows_the_definition(which, request):
     hugging = tokenizer.to_hf()
     for text in TEXTS:
         ids = tokenizer.encode(text)
-        assert ids == plain_encode(tokenizer, text) == hugging.encode(text, add_special_tokens=False), text
-        assert tokenizer.decode(ids) == text == hugging.decode(ids, clean_up_tokenization_spaces=False)
+        assert ids == plain_encode(tokenizer, text) == hugging.encode(text,
+                                                                      add_special_tokens=False),
+                                                                      text
+        assert tokenizer.decode(ids) == text == hugging.decode(ids,
+                                                               clean_up_tokenization_spaces=False)
 
 
 def test_gpt2_is_gpt2(gpt2, lab_data):
     import tiktoken
     from tiktoken.load import data_gym_to_mergeable_bpe_ranks
     from transformers import GPT2Tokenizer
-    ranks = data_gym_to_mergeable_bpe_ranks(vocab_bpe_file=str(lab_data("gpt2/vocab.bpe")), encoder_json_file=str(lab_data("gpt2/encoder.json")))
-    theirs = tiktoken.Encoding("gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={END: 50256}, explicit_n_vocab=50257)
-    hugging = GPT2Tokenizer(vocab=str(lab_data("gpt2/encoder.json")), merges=str(lab_data("gpt2/vocab.bpe")))
+    ranks = data_gym_to_mergeable_bpe_ranks(vocab_bpe_file=str(lab_data("gpt2/vocab.bpe")),
+                                            encoder_json_file=str(lab_data("gpt2/encoder.json")))
+    theirs = tiktoken.Encoding("gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=ranks,
+                               special_tokens={END: 50256}, explicit_n_vocab=50257)
+    hugging = GPT2Tokenizer(vocab=str(lab_data("gpt2/encoder.json")),
+                            merges=str(lab_data("gpt2/vocab.bpe")))
     assert (len(gpt2), gpt2.eos_token_id, document_end(gpt2)) == (50257, 50256, 50256)
     wiki = gzip.decompress(lab_data("wikitext-2/wiki.valid.raw.gz").read_bytes()).decode()[:300_000]
     for text in [*TEXTS, wiki, "".join(load_corpus("tales").documents("validation"))]:
         expected = theirs.encode(text, allowed_special="all")
         assert gpt2.encode(text) == expected == hugging.encode(text)
         assert gpt2.decode(expected) == theirs.decode(expected)
-    assert fingerprint(hugging) == fingerprint(gpt2) and Tokenizer.from_hf(hugging).encode("a b") == gpt2.encode("a b")
+    assert fingerprint(hugging) == fingerprint(gpt2)
+    assert Tokenizer.from_hf(hugging).encode("a b") == gpt2.encode("a b")
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, deadline=None,
+          suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=st.one_of(tricky, any_text))
 def test_encoding_any_text(small, text):
-    text = "".join(c for c in text if unicodedata.category(c) != "Cn")   # characters newer than some library's tables, see below
+    # characters newer than some library's tables, see below
+    text = "".join(c for c in text if unicodedata.category(c) != "Cn")
     ids = small.encode(text)
     assert ids == plain_encode(small, text) and small.decode(ids) == text
     assert ids == _hugging(small).encode(text, add_special_tokens=False)
@@ -245,7 +286,8 @@ def _hugging(tokenizer):
 
 
 def test_every_character_is_divided_alike(small):
-    "Each character that Python's tables know, among letters, digits, signs and spaces: tiktoken, tokenizers and regex agree."
+    """Each character that Python's tables know, among letters, digits, signs and spaces:
+    tiktoken, tokenizers and regex agree."""
     known = [chr(c) for c in range(0x110000) if unicodedata.category(chr(c)) not in ("Cn", "Cs", "Co")]
     assert len(known) > 140_000
     for begin in range(0, len(known), 20_000):
@@ -256,8 +298,10 @@ def test_every_character_is_divided_alike(small):
 
 
 @settings(max_examples=200, deadline=None)
-@given(parts=st.lists(st.tuples(st.integers(0, 11), st.integers(0, 11)), max_size=6), text=st.text("ab c'", max_size=14), shuffle=st.booleans())
-@example(parts=[(0, 1), (1, 2), (0, 7)], text="abc", shuffle=False)   # [ab, c] joins to a token, by no rule
+@given(parts=st.lists(st.tuples(st.integers(0, 11), st.integers(0, 11)), max_size=6),
+       text=st.text("ab c'", max_size=14), shuffle=st.booleans())
+# [ab, c] joins to a token, by no rule
+@example(parts=[(0, 1), (1, 2), (0, 7)], text="abc", shuffle=False)
 def test_any_merges_give_the_definition(parts, text, shuffle):
     "Also merges that no training would make: repeated results, rules that cannot be recovered."
     tokens, merges = [b"a", b"b", b"c", b" ", b"'", b"x"], []
@@ -273,12 +317,14 @@ def test_any_merges_give_the_definition(parts, text, shuffle):
     if recoverable(merges): assert not isinstance(tokenizer._engine, module._MergeEngine)
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None,
+          suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(ids=st.lists(st.integers(0, 702), max_size=20))
 def test_decoding_anything(small, ids):
     ids = [i for i in ids if i < len(small)]
     assert small.decode(ids) == b"".join(small.vocab[i] for i in ids).decode(errors="replace")
-    assert small.decode(np.array(ids, int), skip_special_tokens=True) == b"".join(small.vocab[i] for i in ids if i not in small.special_tokens.values()).decode(errors="replace")
+    assert small.decode(np.array(ids, int),
+                        skip_special_tokens=True) == b"".join(small.vocab[i] for i in ids if i not in small.special_tokens.values()).decode(errors="replace")
 
 
 def test_long_runs_do_not_crash(small):
@@ -295,22 +341,28 @@ def test_wrong_use(small, tmp_path):
     small.save(tmp_path / "vocab.json", tmp_path / "merges.txt")
     (tmp_path / "bad.json").write_text("[1, 2]")
     (tmp_path / "bad.txt").write_text("one two three\n")
-    refused(lambda: Tokenizer.from_files(tmp_path / "vocob.json", tmp_path / "merges.txt"), "'vocab.json'")
-    refused(lambda: Tokenizer.from_files(tmp_path / "bad.json", tmp_path / "merges.txt"), "vocabulary")
+    refused(lambda: Tokenizer.from_files(tmp_path / "vocob.json", tmp_path / "merges.txt"),
+            "'vocab.json'")
+    refused(lambda: Tokenizer.from_files(tmp_path / "bad.json", tmp_path / "merges.txt"),
+            "vocabulary")
     refused(lambda: Tokenizer.from_files(tmp_path / "vocab.json", tmp_path / "bad.txt"), "merge")
-    assert Tokenizer.from_files(tmp_path / "vocab.json", tmp_path / "merges.txt", []).encode(END) != [0]
+    assert Tokenizer.from_files(tmp_path / "vocab.json", tmp_path / "merges.txt",
+                                []).encode(END) != [0]
 
 
 # --- streams
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(text=tricky, cuts=st.lists(st.integers(0, 200), max_size=12), size=st.sampled_from([1, 2, 5, 20]))
+@settings(max_examples=200, deadline=None,
+          suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=tricky, cuts=st.lists(st.integers(0, 200), max_size=12),
+       size=st.sampled_from([1, 2, 5, 20]))
 def test_streams_cut_anywhere(small, text, cuts, size):
     edges = sorted({0, len(text), *(min(c, len(text)) for c in cuts)})
     pieces = [text[a:b] for a, b in zip(edges, edges[1:])]
     assert list(small.encode_iterable(iter(pieces))) == small.encode(text)
     parts = list(module._split_at_boundaries(pieces, tuple(small.special_tokens), size))
-    assert "".join(parts) == text and sum((small.encode(p) for p in parts), []) == small.encode(text)
+    assert "".join(parts) == text
+    assert sum((small.encode(p) for p in parts), []) == small.encode(text)
 
 
 @settings(max_examples=200, deadline=None)
@@ -337,7 +389,9 @@ def test_encode_iterable_is_lazy(small):
 def test_cut_points_of_other_tokenizers(text, lab_bert):
     text = text * 5
     place = cut_point(lab_bert, text)
-    assert encode_array(lab_bert, text[:place]).tolist() + encode_array(lab_bert, text[place:]).tolist() == encode_array(lab_bert, text).tolist()
+    assert encode_array(lab_bert,
+                        text[:place]).tolist() + encode_array(lab_bert,
+                                                              text[place:]).tolist() == encode_array(lab_bert, text).tolist()
 
 
 @pytest.fixture(scope="module")
@@ -356,7 +410,8 @@ for number, _ in enumerate(ids, 1):
     if number == 200_000: base = anonymous()
     if number % 200_000 == 0: peak = max(peak, anonymous())
 print(number, peak - base)"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)})
     number, grown = map(int, done.stdout.split())
     assert number > 20_000_000 and grown < 30_000, done.stdout   # kB
 
@@ -365,8 +420,12 @@ print(number, peak - base)"""
 
 @pytest.fixture(scope="module")
 def everyone(small, lab_data):
-    found = {"byte": ByteTokenizer(), "masked": ByteTokenizer(masked=True), "char": CharTokenizer.from_text("abc dé"), "char with end": CharTokenizer.from_text("abc dé", eos=True), "bpe": small}
-    for name, path in (("sentencepiece", "sentencepiece/botchan_en_unigram_1000.model"), ("llama", "stories15M/tokenizer.bin"), ("bert", "bert-base-uncased/vocab.txt")):
+    found = {"byte": ByteTokenizer(), "masked": ByteTokenizer(masked=True),
+             "char": CharTokenizer.from_text("abc dé"),
+             "char with end": CharTokenizer.from_text("abc dé", eos=True), "bpe": small}
+    for name, path in (("sentencepiece", "sentencepiece/botchan_en_unigram_1000.model"),
+                       ("llama", "stories15M/tokenizer.bin"),
+                       ("bert", "bert-base-uncased/vocab.txt")):
         found[name] = load_tokenizer(str(lab_data(path)))
     return found
 
@@ -375,7 +434,8 @@ def test_checkpoints_bring_their_tokenizer(everyone, tmp_path):
     expected = {}
     for name, tokenizer in everyone.items():
         save_tokenizer(tokenizer, tmp_path / name)
-        expected[name] = [encode_array(tokenizer, "abc d").tolist(), len(tokenizer), tokenizer.eos_token_id]
+        expected[name] = [encode_array(tokenizer, "abc d").tolist(), len(tokenizer),
+                          tokenizer.eos_token_id]
         again = load_tokenizer(tmp_path / name)
         assert fingerprint(again) == fingerprint(tokenizer), name
     code = f"""
@@ -384,7 +444,8 @@ import sprout_lab.data.tokenizers
 from transformers import AutoTokenizer
 load = lambda name: AutoTokenizer.from_pretrained({str(tmp_path)!r} + "/" + name)
 print(json.dumps({{n: [t.encode("abc d", add_special_tokens=False), len(t), t.eos_token_id] for n in {list(everyone)!r} for t in [load(n)]}}))"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert json.loads(done.stdout) == expected, done.stderr
     assert len({fingerprint(t) for t in everyone.values()}) == len(everyone)
 
@@ -401,7 +462,8 @@ def test_tokenizers_travel_to_processes(everyone):
     import pickle
     for name, tokenizer in everyone.items():
         again = pickle.loads(pickle.dumps(tokenizer))
-        assert encode_array(again, "abc d").tolist() == encode_array(tokenizer, "abc d").tolist() and fingerprint(again) == fingerprint(tokenizer), name
+        assert encode_array(again, "abc d").tolist() == encode_array(tokenizer,
+                                                                     "abc d").tolist() and fingerprint(again) == fingerprint(tokenizer), name
 
 
 def test_special_tokens_anywhere(tmp_path):
@@ -409,9 +471,12 @@ def test_special_tokens_anywhere(tmp_path):
     tokenizer = Tokenizer(*train_bpe(["some text to merge, some text"], 270, special[:2]), special)
     tokenizer.save_pretrained(tmp_path)
     text = "x<|début|> <a><a><a><| spaced out |>y"
-    assert tokenizer.encode(text) == plain_encode(tokenizer, text) == AutoTokenizer.from_pretrained(tmp_path).encode(text)
-    assert [tokenizer.special_tokens[s] for s in special] == [0, 1, 270, 271] and tokenizer.decode(tokenizer.encode(text)) == text
-    assert Tokenizer.from_files(tmp_path / "vocab.json", tmp_path / "merges.txt", special).encode(text) == tokenizer.encode(text)
+    assert tokenizer.encode(text) == plain_encode(tokenizer,
+                                                  text) == AutoTokenizer.from_pretrained(tmp_path).encode(text)
+    assert [tokenizer.special_tokens[s] for s in special] == [0, 1, 270, 271]
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert Tokenizer.from_files(tmp_path / "vocab.json", tmp_path / "merges.txt",
+                                special).encode(text) == tokenizer.encode(text)
 
 
 @given(text=tricky)
@@ -419,7 +484,8 @@ def test_sentencepiece_ids(text, lab_sentencepiece):
     import sentencepiece
     model = sentencepiece.SentencePieceProcessor(model_file=str(lab_sentencepiece))
     tokenizer = _cache.setdefault("sp", load_tokenizer(str(lab_sentencepiece)))
-    assert tokenizer.encode(text) == model.encode(text) and tokenizer.decode(model.encode(text)) == model.decode(model.encode(text))
+    assert tokenizer.encode(text) == model.encode(text)
+    assert tokenizer.decode(model.encode(text)) == model.decode(model.encode(text))
 
 
 @pytest.fixture(scope="module", params=["bpe", "unigram"])
@@ -429,7 +495,8 @@ def lab_sentencepiece(lab_data, request):
 
 
 def llama2c_encode(path, text: str) -> list[int]:
-    "llama2.c's own procedure: characters (or their bytes), then again and again the neighbours whose union has the best score."
+    """llama2.c's own procedure: characters (or their bytes), then again and again the neighbours
+    whose union has the best score."""
     import struct
     raw, place, pieces, scores = path.read_bytes(), 4, [], []
     while place < len(raw):
@@ -438,10 +505,13 @@ def llama2c_encode(path, text: str) -> list[int]:
         place += 8 + length
     known = {p: i for i, p in enumerate(pieces) if i >= 259}
     ids = []
-    for character in " " + text if text else "": ids += [known[character]] if character in known else [b + 3 for b in character.encode()]
+    for character in " " + text if text else "":
+        ids += [known[character]] if character in known else [b + 3 for b in character.encode()]
     while True:
         text_of = lambda i: pieces[i] if i >= 259 else "\0"
-        best = max(((scores[known[text_of(a) + text_of(b)]], -k) for k, (a, b) in enumerate(zip(ids, ids[1:])) if text_of(a) + text_of(b) in known), default=None)
+        best = max(((scores[known[text_of(a) + text_of(b)]], -k) for k,
+                    (a, b) in enumerate(zip(ids, ids[1:])) if text_of(a) + text_of(b) in known),
+                    default=None)
         if best is None: return ids
         k = -best[1]
         ids[k:k + 2] = [known[text_of(ids[k]) + text_of(ids[k + 1])]]
@@ -450,7 +520,8 @@ def llama2c_encode(path, text: str) -> list[int]:
 def test_llama2c_ids(lab_data):
     path = lab_data("stories15M/tokenizer.bin")
     tokenizer = load_tokenizer(str(path))
-    assert tokenizer.encode("Once upon a time") == [1, 9038, 2501, 263, 931] and len(tokenizer) == 32000 and tokenizer.eos_token_id == 2
+    assert tokenizer.encode("Once upon a time") == [1, 9038, 2501, 263, 931]
+    assert len(tokenizer) == 32000 and tokenizer.eos_token_id == 2
     for text in [t for t in TEXTS if len(t) < 200 and "\0" not in t] + ["One day, Lily went to the park.\nShe said: \"Hi!\"", "ababababab aaaaaaaaa", "a ▁ b"]:
         ids = tokenizer.encode(text, add_special_tokens=False)
         assert ids == llama2c_encode(path, text), text
@@ -460,21 +531,28 @@ def test_llama2c_ids(lab_data):
 def test_bytes_of_tokens(everyone, gpt2):
     for name in ("byte", "char", "bpe"):
         tokenizer, text = everyone[name], "abc d"
-        assert token_bytes(tokenizer)[encode_array(tokenizer, text)].sum() == len(text.encode()), name
+        assert token_bytes(tokenizer)[encode_array(tokenizer,
+                                                   text)].sum() == len(text.encode()), name
     text = "".join(load_corpus("tales").documents("validation"))[:5000] + "世界🌍"
-    assert token_bytes(gpt2)[gpt2.encode_array(text)].sum() == len(text.encode()) and token_bytes(gpt2)[50256] == 0
+    assert token_bytes(gpt2)[gpt2.encode_array(text)].sum() == len(text.encode())
+    assert token_bytes(gpt2)[50256] == 0
     assert token_bytes(gpt2.to_hf()).tolist() == token_bytes(gpt2).tolist()
 
 
 # --- by name
 
 def test_auto_follows_the_size(monkeypatch, lab_data):
-    assert [resolve_tokenizer("auto", n) for n in (None, 256, 100, 257, 1000, 50257)] == ["byte", "byte", "char", "bpe", "bpe", "gpt2"]
+    assert [resolve_tokenizer("auto", n) for n in (None, 256, 100, 257, 1000,
+                                                   50257)] == ["byte", "byte", "char", "bpe", "bpe",
+                                                               "gpt2"]
     shakespeare = load_corpus("shakespeare")
-    assert len(load_tokenizer("auto", shakespeare, 100)) == 65 and load_tokenizer("char", shakespeare).eos_token_id is None
+    assert len(load_tokenizer("auto", shakespeare, 100)) == 65
+    assert load_tokenizer("char", shakespeare).eos_token_id is None
     assert load_tokenizer("char", load_corpus("tales")).eos_token_id is not None
     bpe = load_tokenizer("auto", shakespeare, 300)
-    assert len(bpe) == 300 and bpe.merges == train_bpe([*shakespeare.documents("train")], 300, [END])[1]   # the training split only
+    # the training split only
+    assert len(bpe) == 300
+    assert bpe.merges == train_bpe([*shakespeare.documents("train")], 300, [END])[1]
     monkeypatch.setenv("SPROUT_LAB_DATA", str(lab_data("gpt2").parent))
     assert len(load_tokenizer("auto", vocab_size=50257)) == 50257
     refused(lambda: load_tokenizer("auto", shakespeare, 40), "65")
@@ -487,9 +565,15 @@ def test_names_and_files_that_are_wrong(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "tokenizer.json").write_text('{"model": ')
-    for name in ("a.model", "a.bin", "a.txt"): (tmp_path / name).write_bytes(b"\x00\x01nothing of the kind")
-    for name, *parts in [("byt", "'byte'"), ("./nowhere", "no such"), (tmp_path / "empty", "no tokenizer"), (tmp_path / "broken", "no tokenizer"), (tmp_path / "a.model", "SentencePiece"),
-                         (tmp_path / "a.bin", "llama2.c"), (tmp_path / "a.txt", "no tokenizer file"), ("gpt2", "SPROUT_LAB_DATA"), ("some/where", "hub")]:
+    for name in ("a.model", "a.bin", "a.txt"):
+        (tmp_path / name).write_bytes(b"\x00\x01nothing of the kind")
+    for name, *parts in [("byt", "'byte'"), ("./nowhere", "no such"),
+                         (tmp_path / "empty", "no tokenizer"),
+                         (tmp_path / "broken", "no tokenizer"),
+                         (tmp_path / "a.model", "SentencePiece"),
+                         (tmp_path / "a.bin", "llama2.c"),
+                         (tmp_path / "a.txt", "no tokenizer file"), ("gpt2", "SPROUT_LAB_DATA"),
+                         ("some/where", "hub")]:
         refused(lambda: load_tokenizer(str(name)), *parts)
     refused(lambda: load_tokenizer("char"), "corpus")
     refused(lambda: load_tokenizer("bpe", load_corpus("tales")), "vocab_size")

@@ -34,7 +34,7 @@ def need_lm_eval() -> None:
     install = '`pip install "sprout-lab[evaluation]"` (or `pip install lm_eval`) installs it'
     raise ConfigError(f"the package lm_eval is not installed; {install}")
 
-# %% ../../nbs/evaluation/harness.ipynb #e0e5bb48
+# %% ../../nbs/evaluation/harness.ipynb #ed36adc6
 def score_continuations(model, rows: list[tuple[list[int], int]],
                         batch_size: int = 16) -> list[tuple[float, bool]]:
     """(log-likelihood in nats, whether greedy decoding would write it) of the last `size` ids of
@@ -63,7 +63,7 @@ def _score_batch(model, rows: list[tuple[list[int], int]]) -> list[tuple[float, 
         answers.append((total, bool((scores.argmax(-1) == wanted).all())))
     return answers
 
-# %% ../../nbs/evaluation/harness.ipynb #a416276c
+# %% ../../nbs/evaluation/harness.ipynb #267582fa
 def _sampling(options: dict, max_length: int) -> dict:
     "The settings of `generate_text` for a task's `generation_kwargs`."
     until = options.get("until") or []
@@ -83,7 +83,7 @@ def _group_by_options(requests) -> list[list[tuple[int, str, dict]]]:
         groups.setdefault(key, []).append((index, context, dict(options)))
     return list(groups.values())
 
-# %% ../../nbs/evaluation/harness.ipynb #bed6df7d
+# %% ../../nbs/evaluation/harness.ipynb #bc9a498a
 def _rolling_windows(ids: list[int], prefix_id: int, max_length: int) -> list[tuple[list, list]]:
     "Pairs (context ids, ids to predict) that together predict each of `ids` once."
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
@@ -175,7 +175,7 @@ class HarnessModel(TemplateLM):
             return "\n"
         return context if len(ids) <= room else self.tokenizer.decode(ids[-room:])
 
-# %% ../../nbs/evaluation/harness.ipynb #5207e74f
+# %% ../../nbs/evaluation/harness.ipynb #ce84ac20
 def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
@@ -206,7 +206,7 @@ def _local_task(path: Path):
     if files is not None: config["dataset_kwargs"]["data_files"] = _data_files(files, path)
     return config
 
-# %% ../../nbs/evaluation/harness.ipynb #68644950
+# %% ../../nbs/evaluation/harness.ipynb #ecd5748f
 @functools.lru_cache
 def _task_manager(named: bool):
     """lm_eval's index of tasks; reading the names of all that it knows takes seconds, and is done
@@ -226,7 +226,7 @@ def _silence():
     finally:
         if shown: datasets.enable_progress_bars()
 
-# %% ../../nbs/evaluation/harness.ipynb #49ebbd97
+# %% ../../nbs/evaluation/harness.ipynb #2f73b76a
 def _load_tasks(
 specs: list, num_fewshot: int | None) -> dict:
     "lm_eval's own task objects for names and configurations."
@@ -299,7 +299,7 @@ def run_harness(model, tokenizer=None, tasks=(), num_fewshot: int | None = None,
     finally: random.setstate(state)
     return _results(report, language_model.truncated)
 
-# %% ../../nbs/evaluation/harness.ipynb #6a0f0aae
+# %% ../../nbs/evaluation/harness.ipynb #ef77e219
 def harness_table(results: dict) -> str:
     "Results of `run_harness` as a table of text, one line per task and metric."
     rows = [("task", "metric", "value", "±", "questions")]
@@ -313,7 +313,7 @@ def harness_table(results: dict) -> str:
     align = lambda i, cell: cell.ljust(widths[i]) if i < 2 else cell.rjust(widths[i])
     return "\n".join("  ".join(align(i, cell) for i, cell in enumerate(row)).rstrip() for row in rows)
 
-# %% ../../nbs/evaluation/harness.ipynb #3214aae1
+# %% ../../nbs/evaluation/harness.ipynb #82080173
 def _misspell(piece: str, draw: random.Random) -> str:
     "A text with two neighbouring letters swapped."
     places = [i for i in range(len(piece) - 1) if piece[i:i + 2].isalpha() and piece[i] != piece[i + 1]]
