@@ -1071,9 +1071,10 @@ import sys
 for name in ("datasets", "pyarrow", "pandas", "ipywidgets", "seaborn", "sentencepiece"):
     sys.modules[name] = None
 from sprout_lab.cli import main
-try:
-    main(["train", "transformer", "--dataset_name", "tales", "--max_steps", "2", "--batch_size", "2",
-           "--sequence_length", "16", "--eval_batches", "1", "--output_dir", {run!r}])
+small = "--hidden_size 32 --num_hidden_layers 1 --num_attention_heads 2 --sequence_length 128"
+run = "--max_samples 12 --max_steps 2 --batch_size 2 --sample_tokens 0 --output_dir"
+words = ["train", "transformer", "--dataset_name", "tales", *small.split(), *run.split(), {run!r}]
+try: main(words)
 except SystemExit as end: assert not end.code, end.code
 from sprout_lab.configs import ConfigError
 from sprout_lab.data.corpora import load_corpus
