@@ -32,7 +32,7 @@ from .models.slm import SimplifiedSLMForCausalLM, SLMConfig
 from .models.sprout import SproutConfig, SproutForCausalLM, SproutForMaskedLM
 from .models.transformer import TransformerConfig, TransformerForCausalLM
 from .objectives import Objective, get_objective
-from .runs import Run, find_checkpoint, new_run_folder
+from .runs import Run, claim, find_checkpoint
 from .trainers.checkpoints import load_pretrained
 from .trainers.growth import EpochSummary, Growth
 from .trainers.trainer import Trainer, seed_everything
@@ -263,56 +263,20 @@ def build_model(run: RunConfig, data):
     fields = {**run.model, **special, "vocab_size": data.vocab_size}
     return entry.model_class(run.objective)(entry.config_class(**fields))
 
-def _claim(out, log):
-    """The checkpoint that a run continues from, or None; `out.output_dir` may move to a folder of
-    its own."""
-    folder = Run(out.output_dir) if out.output_dir else None
-    resume = out.resume_from
-    if resume == "auto":
-        if folder is None:
-            raise ConfigError("resume_from=auto needs output_dir: it continues what is there, or "
-                              "begins there")
-        resume = str(folder.folder) if folder.steps() else None
-    elif folder is not None and folder.steps() and resume is None:
-        raise ConfigError(f"{folder.folder} already holds a run (at step {folder.steps()[-1]}); "
-                          f"--resume_from auto continues it, or choose another output_dir")
-    if not resume: return None
-    checkpoint = find_checkpoint(resume, prefer="latest", log=log)
-    origin = Run(checkpoint.parent.parent)
-    later = [s for s in origin.steps() if f"step_{s}" != checkpoint.name
-             and s > int(checkpoint.name.removeprefix("step_"))]
-    if folder is not None and origin.folder.resolve() == folder.folder.resolve() and later:
-        # the run itself was named, so the later ones are the damaged ones
-        if Run(resume).checkpoints.is_dir():
-            for step in later:
-                origin.step_folder(step).rename(origin.checkpoints / f"damaged_step_{step}")
-        else:
-            out.output_dir = str(new_run_folder(origin.folder.name, root=origin.folder.parent))
-            log(f"{origin.folder} has gone on to step {later[-1]}; {checkpoint.name} is continued "
-                f"in {out.output_dir}")
-    return checkpoint
-
-def _batches_of(objective, model_config, run, data) -> dict:
-    length, size = run.data.sequence_length, run.training.batch_size
-    batches = objective.batches(model_config, data.train, data.tokenizer, length, size,
-                                run.training.seed, run.data.order)
-    windows = lambda limit: objective.windows(model_config, data.validation, data.tokenizer, length,
-                                              size, limit)
-    return {"batches": batches, "windows": windows}
-
 def make_trainer(run: RunConfig, *, data=None, extra_callbacks=(), log=print,
                  callbacks=None) -> Trainer:
     """Data, model and trainer of a run. A folder that already holds a run is refused unless
     `resume_from` says to continue it; a run that is resumed from a step before its last one goes on
     in a new folder, so that nothing is overwritten."""
-    checkpoint, objective = _claim(run.output, log), objective_for(run)
+    folder, checkpoint = claim(run.output.output_dir, run.output.resume_from, log)
+    if folder is not None: run.output.output_dir = str(folder)
+    objective = objective_for(run)
     data = data or objective.load_data(run)
     if notice := objective.notice(data): log(notice)
     own = [callback() for callback in get_family(run.family).callbacks]
     model = build_model(run, data)
-    asked = {} if objective.per_byte else _batches_of(objective, model.config, run, data)
     trainer = Trainer(model, data, run, callbacks, extra_callbacks=[*own, *extra_callbacks],
-                      log=log, **asked)
+                      objective=objective, log=log)
     if checkpoint is not None: trainer.resume(checkpoint)
     if run.output.log_dir and trainer.accelerator.is_main_process:
         _link_logs(trainer.run.logs, run.output.log_dir, log)

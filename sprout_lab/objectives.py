@@ -145,6 +145,7 @@ class WritesText:
                temperature: float = 0.8, top_k: int = 50) -> Iterator[str]:
         """A specimen of a run's model, in pieces: here a continuation of the run's
         `sample_prompt`."""
+        if tokenizer is None or not hasattr(model, "make_cache"): return   # a plain module
         prompt = run.output.sample_prompt
         longest = getattr(model.config, "max_position_embeddings", None) or 2**31
         room = longest - len(tokenizer.encode(prompt)) - 8

@@ -15,7 +15,7 @@ from .configs import ConfigError
 from .data.corpora import load_corpus
 from .evaluation.health import layer_health
 from .evaluation.surprise import text_surprise
-from .models.slm import BitLinear, half_lives
+from .models.hgrn import BitLinear, half_lives
 from .visualizers.attention import plot_attention
 from .visualizers.chunks import plot_boundaries, plot_half_lives, plot_ternary_weights
 from .visualizers.embeddings import plot_embeddings

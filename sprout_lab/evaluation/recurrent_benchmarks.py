@@ -30,7 +30,7 @@ from .benchmarks import (Benchmark, Row, compare, decode_greedily, measure,
 from ..kernels import build
 from ..kernels.bitlinear import bit_linear_reference
 from ..kernels.scan import SCAN_C, gated_scan
-from ..models.slm import BitLinear, HGRNBitAttention
+from ..models.hgrn import BitLinear, HGRNBitAttention
 from ..models.ternary import export_ternary, load_ternary
 from ..models.transformer import TransformerConfig, TransformerForCausalLM
 from ..trainers.optimizers import build_optimizer
