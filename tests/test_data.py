@@ -204,6 +204,15 @@ def test_an_error_leaves_no_token_file(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_token_file_as_an_array(tmp_path):
+    "As every NumPy asks for it: the first version without `copy`, which must not become None there."
+    tokens = TokenFile.open(write(tmp_path / "t.bin", np.arange(50)))
+    assert tokens.__array__() is tokens.tokens and tokens.__array__(copy=None) is tokens.tokens
+    assert np.array(tokens).flags.writeable and not np.asarray(tokens).flags.writeable
+    assert np.asarray(tokens, np.int64).tolist() == tokens[:].tolist()
+    with pytest.raises(ValueError): tokens.__array__(np.int64, copy=False)
+
+
 def test_token_file_in_another_process(tmp_path):
     import pickle
     tokens = TokenFile.open(write(tmp_path / "t.bin", np.arange(50)))
