@@ -339,8 +339,13 @@ def finish(site: Path) -> None:
     formula = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.+?)\\[)\]]</\1>',
                          flags=re.DOTALL)
     def mathml(found):
-        return convert(html.unescape(found[2]).strip(),
-                       display="inline" if found[1] == "span" else "block")
+        tex = html.unescape(found[2]).strip()
+        for name in ("max", "min"): tex = tex.replace(rf"\arg\{name}", rf"\operatorname{{arg{name}}}")
+        if found[1] == "span": return convert(tex, display="inline")
+        # signs in its longest line: a wide formula is set smaller, so that it is seen whole
+        wide = max(len(re.sub(r"\\[a-z]+", "x", line)) for line in tex.split(r"\\"))
+        smaller = f' style="font-size:{max(0.6, 72 / wide):.2f}em"' if wide > 72 else ""
+        return f"<div{smaller}>{convert(tex, display='block')}</div>"
     for path in [*site.rglob("*.html"), *site.rglob("search_index.js*")]:
         text = path.read_text(encoding="utf-8")
         made = formula.sub(mathml, text) if path.suffix == ".html" else text
