@@ -17,13 +17,12 @@ from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-from pydantic import BeforeValidator
 from torch import nn
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
-from ..configs import ConfigError, setting
+from ..configs import BeforeValidator, ConfigError, setting
 from ..kernels.scan import dechunk_scan
 from .causal import CausalGenerationMixin, kept_positions, next_token_loss
 from .hgrn import (BitMLP, HGRNBitBlock, TernaryConfig, TernaryPreTrainedModel,
