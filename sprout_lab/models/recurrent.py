@@ -6,7 +6,7 @@ convolution, and the model around a family's layers."""
 # %% auto #0
 __all__ = ['RaggedBatch', 'gather_columns', 'left_align', 'unalign', 'document_starts', 'align_inputs', 'StateLayer',
            'RecurrentCache', 'joined_rows', 'ShortConvolution', 'RecurrentConfig', 'init_linear',
-           'RecurrentPreTrainedModel', 'RecurrentModel', 'RecurrentForCausalLM']
+           'RecurrentPreTrainedModel', 'RecurrentBackbone', 'RecurrentModel', 'RecurrentForCausalLM']
 
 # %% ../../nbs/models/recurrent.ipynb #d0636ab9
 from dataclasses import dataclass
@@ -223,7 +223,7 @@ class RecurrentCache(Cache):
         tensors = [t for layer in self.layers for t in layer.tensors.values() if len(t)]
         return sum(t.element_size() * t[0].numel() for t in tensors)
 
-# %% ../../nbs/models/recurrent.ipynb #ea3ab689
+# %% ../../nbs/models/recurrent.ipynb #ad717f8e
 def joined_rows(mine, theirs, rows: int, their_rows: int) -> torch.Tensor:
     """Two batches of one kind of state, `(rows, …)` and `(their_rows, …)`, as one. What one of them
     does not have yet is zero; where one has more places (chunks seen), the other gets empty ones."""
@@ -352,9 +352,10 @@ class RecurrentPreTrainedModel(PreTrainedModel):
         return check_cache(past_key_values, RecurrentCache)
 
 # %% ../../nbs/models/recurrent.ipynb #53c7ece2
-class RecurrentModel(RecurrentPreTrainedModel):
-    """Token ids to hidden states: embedding, a family's layers, a last RMSNorm. A subclass sets
-    `config_class` and gives its layers with `build_layer`."""
+class RecurrentBackbone(RecurrentPreTrainedModel):
+    """What a recurrent model is made of: embedding, a family's layers, a last RMSNorm. A subclass
+    sets `config_class` and gives its layers with `build_layer`."""
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]   # of a checkpoint with its head
 
     def __init__(self, config):
         super().__init__(config)
@@ -379,6 +380,11 @@ class RecurrentModel(RecurrentPreTrainedModel):
     def make_cache(self, batch_size=None, capacity=None) -> RecurrentCache:
         "An empty state. Neither the batch size nor a capacity need be known."
         return RecurrentCache(len(self.layers))
+
+# %% ../../nbs/models/recurrent.ipynb #04227d73
+class RecurrentModel(RecurrentBackbone):
+    """Token ids to hidden states. A subclass sets `config_class` and gives its layers with
+    `build_layer`."""
 
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None,
                 inputs_embeds=None, use_cache=None, output_hidden_states=None, return_dict=None,
@@ -408,21 +414,20 @@ class RecurrentModel(RecurrentPreTrainedModel):
 # %% ../../nbs/models/recurrent.ipynb #cd0f907e
 class RecurrentForCausalLM(RecurrentPreTrainedModel, CausalGenerationMixin):
     """A recurrent model with its head: token ids to next-token logits, loss, and generation. A
-    subclass sets `config_class` and `base_class`, its `RecurrentModel`."""
-    base_class: type[RecurrentModel]
+    subclass sets `config_class` and `base_model_class`, its `RecurrentModel`."""
+    base_model_class: type[RecurrentModel]
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config):
         super().__init__(config)
-        self.model = self.base_class(config)
+        self.model = self.base_model_class(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None,
                 inputs_embeds=None, labels=None, use_cache=None, logits_to_keep=0,
                 output_hidden_states=None, return_dict=None, num_items_in_batch=None,
-                cu_seqlens=None,
-                **kwargs):
+                cu_seqlens=None, **kwargs):
         """Ids `(batch, length)` → `loss` (nats per target; none without targets), `logits (batch,
         length, vocab_size)`, `past_key_values`, `hidden_states`.
 
