@@ -145,6 +145,7 @@ class WritesText:
                temperature: float = 0.8, top_k: int = 50) -> Iterator[str]:
         """A specimen of a run's model, in pieces: here a continuation of the run's
         `sample_prompt`."""
+        if tokenizer is None or not hasattr(model, "make_cache"): return   # a plain module
         prompt = run.output.sample_prompt
         longest = getattr(model.config, "max_position_embeddings", None) or 2**31
         room = longest - len(tokenizer.encode(prompt)) - 8
@@ -187,7 +188,8 @@ class Causal(WritesText, Objective):
 
     def notice(self, data) -> str | None:
         if data.tokenizer is None or data.train.bytes_per_token is not None: return None
-        return (f"{type(data.tokenizer).__name__} does not keep the whole text (capitals, line ends "
+        return (f"{type(data.tokenizer).__name__} does not keep the whole text (capitals, line "
+                f"ends "
                 "or blanks): scores are in nats per token, there are no bits per byte")
 
     def baselines(self, data) -> dict[str, float]: return held_out_baselines(data)
@@ -235,6 +237,7 @@ class FillsGaps:
 # %% ../nbs/objectives.ipynb #2c73db33
 PSEUDO_TOKENS = 1000   # of a text, for its pseudo-log-likelihood
 
+# %% ../nbs/objectives.ipynb #b4718b36
 class Masked(FillsGaps, Objective):
     """What stands in the gaps, seen from both sides (Devlin et al., 2019), in nats per hidden
     token."""

@@ -40,7 +40,7 @@ for flags in json.loads(sys.argv[1]):
         continue
     t.train()
     seen = [None] * dist.get_world_size()
-    dist.all_gather_object(seen, (t.step, t.rollbacks, t.best, t.best_step, t.lr_scale))
+    dist.all_gather_object(seen, (t.step, t.rollbacks, t.best, t.best_step, t.lr_backoff))
     assert len(set(seen)) == 1, seen
 dist.destroy_process_group()
 """
@@ -88,7 +88,7 @@ def test_two_processes_give_the_losses_of_one(tmp_path, alone, mode):
     several(tmp_path, *({**flags, "parallel": mode, "output_dir": tmp_path / name, "results": name == "grouped" and mode == "tensor"} for name, flags in SHAPES.items()))
     for name, flags in SHAPES.items():
         run = Run(tmp_path / name)
-        same_losses(alone[name].run, run)
+        same_losses(alone[name].run, run, 1e-3 if name == "muon" else 1e-4)   # Muon rounds to bfloat16
         assert damage(run.step_folder(16)) is None
         if name == "grouped" and mode == "tensor": assert run.generations.exists() and run.evaluation.exists() and json.loads(run.summary.read_text())["state"] == "finished"
         model, _ = load_model(run.step_folder(16))

@@ -21,7 +21,7 @@ from sprout_lab.runs import Run, checkpoint_facts, damage, find_checkpoint, read
 from sprout_lab.trainers.callbacks import Callback
 
 TINY = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "sequence_length": 32, "batch_size": 4, "max_steps": 20, "save_interval": 5, "eval_interval": 10, "eval_batches": 2,
-        "log_interval": 2, "warmup_steps": 4, "tensorboard": False, "sample_tokens": 0, "device": "cpu"}
+        "log_interval": 2, "warmup_steps": 4, "tensorboard": False, "sample_tokens": 0, "device": "cpu", "final_eval_batches": 2}
 
 
 @pytest.fixture(scope="session")
@@ -147,7 +147,7 @@ def test_nan_guard_rolls_back_and_goes_on(tmp_path, data):
     said = []
     t = trainer(tmp_path / "run", data, [Poison(7)], said)
     t.train()
-    assert t.step == 20 and t.rollbacks == 1 and t.lr_scale == 0.5 and torch.isfinite(weights(t.model)).all()
+    assert t.step == 20 and t.rollbacks == 1 and t.lr_backoff == 0.5 and torch.isfinite(weights(t.model)).all()
     assert any("back to step 5" in line for line in said)
     log = read_log(t.run.training_log)
     assert log["step"] == list(range(2, 21, 2)) and all(math.isfinite(v) for v in log["loss"])

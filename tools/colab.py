@@ -19,12 +19,15 @@ def facts(name: str) -> dict[str, str]:
     family, where = families[name], address()
     sizes = [size for size in SIZES if size in family.presets]
     at = f"https://github.com/{where['user']}/{where['repo']}/blob/{where['branch']}"
-    pages = [(f"nbs/guides/{name}.ipynb", "The guide"), (f"nbs/models/{name}.ipynb", "The model, built piece by piece")]
+    pages = [(f"nbs/guides/{name}.ipynb", "The guide"),
+             (f"nbs/models/{name}.ipynb", "The model, built piece by piece")]
     links = [f"- {title}: [{page}]({at}/{page})" for page, title in pages if (root / page).exists()]
     grows = "growth_warmup" in family.config_class.settings.model_fields
     return {
-        **where, "name": name, "title": family.title, "summary": family.summary, "data": family.default_data,
-        "prompt": {"shakespeare": "ROMEO:", "tales": "Once upon a time"}.get(family.default_data, "The "),
+        **where, "name": name, "title": family.title, "summary": family.summary,
+        "data": family.default_data,
+        "prompt": {"shakespeare": "ROMEO:", "tales": "Once upon a time"}.get(family.default_data,
+                                                                             "The "),
         "gpu_size": sizes[min(1, len(sizes) - 1)], "cpu_size": sizes[0],
         "size_menu": json.dumps(["auto", *sizes]), "corpus_menu": json.dumps(list(corpora)),
         "corpora": " or ".join(f"`{corpus}`" for corpus in corpora), "links": "\n".join(links),
@@ -44,7 +47,8 @@ def cells_of(family) -> list[tuple[dict, dict]]:
         kind, _, value = next(iter(cell["metadata"].get("tags", [""]))).partition(":")
         if kind == "each-picture": pictures.append(cell); continue
         if pictures:
-            chosen += [(part, picture_facts(*named)) for named in family.pictures.items() for part in pictures]
+            chosen += [(part, picture_facts(*named)) for named in family.pictures.items()
+                       for part in pictures]
             pictures = []
         if kind == "objective" and value != family.objective: continue
         if kind == "picture" and value not in family.pictures: continue
@@ -57,17 +61,21 @@ def notebook(name: str) -> str:
     places, cells = facts(name), []
     for number, (cell, more) in enumerate(cells_of(families[name])):
         text = "".join(cell["source"])
-        for place, value in {**places, **more}.items(): text = text.replace("{{" + place + "}}", value)
+        for place, value in {**places, **more}.items():
+            text = text.replace("{{" + place + "}}", value)
         metadata = {key: value for key, value in cell["metadata"].items() if key != "tags"}
-        cells.append({**cell, "id": f"cell-{number:02d}", "metadata": metadata, "source": text.splitlines(keepends=True)})
+        cells.append({**cell, "id": f"cell-{number:02d}", "metadata": metadata,
+                      "source": text.splitlines(keepends=True)})
     whole = {**json.loads(TEMPLATE.read_text(encoding="utf-8")), "cells": cells}
     return json.dumps(whole, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
 
 
 def out_of_step() -> list[str]:
-    "The notebooks in colab/ that are not what the template says: missing, different, or of no family."
+    """The notebooks in colab/ that are not what the template says: missing, different, or of no
+    family."""
     made = {f"{name}.ipynb": notebook(name) for name in families}
-    there = {path.name: path.read_text(encoding="utf-8") for path in (root / "colab").glob("*.ipynb")}
+    there = {path.name: path.read_text(encoding="utf-8")
+             for path in (root / "colab").glob("*.ipynb")}
     return sorted(name for name in {*made, *there} if made.get(name) != there.get(name))
 
 
@@ -77,6 +85,7 @@ if __name__ == "__main__":
         if names: sys.exit(f"not what the template says (run tools/colab.py): {names}")
     else:
         (root / "colab").mkdir(exist_ok=True)
-        for name in families: (root / "colab" / f"{name}.ipynb").write_text(notebook(name), encoding="utf-8")
+        for name in families:
+            (root / "colab" / f"{name}.ipynb").write_text(notebook(name), encoding="utf-8")
         for path in (root / "colab").glob("*.ipynb"):
             if path.stem not in families: path.unlink()

@@ -19,12 +19,11 @@ from IPython.display import display
 
 from ..configs import ConfigError, FieldSpec, RunConfig, canonical, nearest, sections, settings_fields
 from ..data.corpora import corpora
-from ..data.masking import MaskedBatches
 from ..decoding.sampling import stream_text
 from ..families import configure, get_family, make_trainer
 from .live import Live, Throttle
 from ..runs import Run
-from ..trainers.callbacks import Callback, Console, Evaluate, Results, RolledBack, due, held_out_filling
+from ..trainers.callbacks import Callback, Console, Evaluate, Results, RolledBack, due
 
 # %% ../../nbs/panels/panel.ipynb #8d9d2e22
 def round_numbers(low: float, high: float, decimal: bool = False) -> list[int]:
@@ -113,7 +112,10 @@ class Samples(Callback):
         self.put, self.asked, self.tokens, self.settings = put, asked, tokens, {"temperature": temperature, "top_k": top_k}
 
     def on_evaluate(self, trainer, row):
-        if isinstance(trainer.batches, MaskedBatches): return self.put(trainer.step, held_out_filling(trainer, self.tokens).marked)
+        if not trainer.objective.continues_text:
+            sample = trainer.objective.sample(trainer.model, trainer.tokenizer, trainer.data.validation,
+                                              trainer.config, max_tokens=self.tokens)
+            return self.put(trainer.step, "".join(sample))
         if trainer.tokenizer is None or not hasattr(trainer.model, "make_cache"): return   # not a model that continues a text
         prompt = trainer.config.output.sample_prompt
         limit = getattr(trainer.model.config, "max_position_embeddings", None) or 2**31

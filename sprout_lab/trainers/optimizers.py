@@ -16,8 +16,9 @@ from ..configs import ConfigError, TrainingConfig
 
 # %% ../../nbs/trainers/optimizers.ipynb #cb307926
 def warmup_steps(config: TrainingConfig, total_steps: int) -> int:
-    "Steps of the warm-up, whether it was said in steps or as a ratio; never more than the run has."
-    steps = round(config.warmup_ratio * total_steps) if config.warmup_ratio is not None else config.warmup_steps
+    "Steps of the warm-up, said in steps or as a ratio; never more than the run has."
+    steps = config.warmup_steps
+    if config.warmup_ratio is not None: steps = round(config.warmup_ratio * total_steps)
     return min(steps, total_steps)
 
 def learning_rate_at(step: int, config: TrainingConfig, total_steps: int) -> float:
@@ -36,20 +37,23 @@ def learning_rate_at(step: int, config: TrainingConfig, total_steps: int) -> flo
 
 # %% ../../nbs/trainers/optimizers.ipynb #ab0883cd
 def newton_schulz(gradient: torch.Tensor, steps: int = 5, epsilon: float = 1e-7) -> torch.Tensor:
-    "The nearest semi-orthogonal matrix to `gradient` [m, n], approximately, in bfloat16 (Jordan et al., 2024)."
+    """The nearest semi-orthogonal matrix to `gradient` [m, n], approximately, in bfloat16 (Jordan et
+    al., 2024)."""
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = gradient.bfloat16()
+    x = gradient.bfloat16()                     # [m, n]
     tall = x.size(0) > x.size(1)
     if tall: x = x.T
     x = x / x.norm().clamp(min=epsilon)
     for _ in range(steps):
-        gram = x @ x.T
+        gram = x @ x.T                          # [min(m, n), min(m, n)]
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.T if tall else x
 
+# %% ../../nbs/trainers/optimizers.ipynb #f03e756c
 class MuonFallback(torch.optim.Optimizer):
-    """Muon for torch before 2.9, and for matrices that are split over processes: each puts the whole gradient together and keeps its part of the update.
-    The arithmetic is `torch.optim.Muon`'s under `adjust_lr_fn='match_rms_adamw'`."""
+    """Muon for torch before 2.9, and for matrices that are split over processes: each puts the whole
+    gradient together and keeps its part of the update. The arithmetic is `torch.optim.Muon`'s under
+    `adjust_lr_fn='match_rms_adamw'`."""
 
     def __init__(self, params, lr=1e-3, weight_decay=0.1, momentum=0.95):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
@@ -58,37 +62,47 @@ class MuonFallback(torch.optim.Optimizer):
     def step(self, closure=None):
         for group in self.param_groups:
             for p in group["params"]:
-                if p.grad is None: continue
-                buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p.grad))
-                buffer.lerp_(p.grad, 1 - group["momentum"])
-                update = _orthogonal(p.grad.lerp(buffer, group["momentum"]))
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(p.shape)))
+                if p.grad is not None: self._update(p, group)
+
+    def _update(self, p, group) -> None:
+        buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p.grad))
+        buffer.lerp_(p.grad, 1 - group["momentum"])
+        update = _orthogonal(p.grad.lerp(buffer, group["momentum"]))
+        p.mul_(1 - group["lr"] * group["weight_decay"])
+        p.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(p.shape)))
 
 def _orthogonal(gradient: torch.Tensor) -> torch.Tensor:
     "`newton_schulz` of a gradient that may be split over processes; the result is split like it."
     if not hasattr(gradient, "full_tensor"): return newton_schulz(gradient)
     from torch.distributed.tensor import distribute_tensor
-    return distribute_tensor(newton_schulz(gradient.full_tensor()).to(gradient.dtype).contiguous(), gradient.device_mesh, gradient.placements)
+    whole = newton_schulz(gradient.full_tensor()).to(gradient.dtype).contiguous()
+    return distribute_tensor(whole, gradient.device_mesh, gradient.placements)
 
+# %% ../../nbs/trainers/optimizers.ipynb #911ebfd6
 def muon(params, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-    "torch's Muon for matrices or groups of them, or the plain one where torch is older or the matrices are split over processes."
+    """torch's Muon for matrices or groups of them; `MuonFallback` where torch is older or the
+    matrices are split over processes."""
     groups = [group if isinstance(group, dict) else {"params": [group]} for group in params]
-    divided = any(hasattr(p, "device_mesh") for group in groups for p in group["params"])
-    if hasattr(torch.optim, "Muon") and not divided: return torch.optim.Muon(params, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
-    return MuonFallback(params, lr=lr, weight_decay=weight_decay)
+    sharded = any(hasattr(p, "device_mesh") for group in groups for p in group["params"])
+    if sharded or not hasattr(torch.optim, "Muon"):
+        return MuonFallback(params, lr=lr, weight_decay=weight_decay)
+    return torch.optim.Muon(params, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
 
 # %% ../../nbs/trainers/optimizers.ipynb #157aba43
 class CombinedOptimizer(torch.optim.Optimizer):
-    "Several optimizers over different parameters as one. Groups and states are the parts' own, so there is nothing to keep in step."
+    """Several optimizers over different parameters as one. Groups and states are the parts' own, so
+    there is nothing to keep in step."""
 
-    def __init__(self, *parts: torch.optim.Optimizer): self.parts, self.defaults = parts, {}   # the base class would make groups of its own
+    def __init__(self, *parts: torch.optim.Optimizer):
+        self.parts, self.defaults = parts, {}   # the base class would make groups of its own
 
     @property
-    def param_groups(self) -> list[dict]: return [group for part in self.parts for group in part.param_groups]
+    def param_groups(self) -> list[dict]:
+        return [group for part in self.parts for group in part.param_groups]
 
     @property
-    def state(self) -> dict: return {p: state for part in self.parts for p, state in part.state.items()}
+    def state(self) -> dict:
+        return {p: state for part in self.parts for p, state in part.state.items()}
 
     def step(self, closure=None):
         for part in self.parts: part.step()
@@ -99,67 +113,116 @@ class CombinedOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict: return {"parts": [part.state_dict() for part in self.parts]}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        for part, state in zip(self.parts, state_dict["parts"], strict=True): part.load_state_dict(state)
+        for part, state in zip(self.parts, state_dict["parts"], strict=True):
+            part.load_state_dict(state)
 
 # %% ../../nbs/trainers/optimizers.ipynb #206e55e2
 def parameter_groups(model: nn.Module) -> dict[str, list]:
-    """Named parameters that train, by kind: `matrices` (two-dimensional, inside the blocks), `embeddings` (input, output), `vectors` (norms,
-    biases, all else). Weight decay is for the first two."""
-    embeddings = {id(module.weight) for module in (getattr(model, name, lambda: None)() for name in ("get_input_embeddings", "get_output_embeddings"))
-                  if module is not None and hasattr(module, "weight")}
-    groups = {"matrices": [], "embeddings": [], "vectors": []}
+    """Named parameters that train, by kind: `matrices` (two-dimensional, inside the blocks),
+    `embeddings` (input, output), `vectors` (norms, biases, all else)."""
+    groups, outer = {"matrices": [], "embeddings": [], "vectors": []}, _embeddings(model)
     for name, p in model.named_parameters():
-        if p.requires_grad: groups["embeddings" if id(p) in embeddings else "matrices" if p.ndim == 2 else "vectors"].append((name, p))
+        if not p.requires_grad: continue
+        kind = "embeddings" if id(p) in outer else "matrices" if p.ndim == 2 else "vectors"
+        groups[kind].append((name, p))
     return groups
 
-def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
-    "The optimizer of a run: AdamW (fused) for everything, or Muon for the matrices of the blocks and AdamW for the rest."
-    groups = {kind: [p for _, p in named] for kind, named in parameter_groups(model).items()}
-    if not any(groups.values()): raise ConfigError("the model has no parameters that train; unfreeze some of them")
-    decayed = groups["embeddings"] + ([] if config.optimizer == "muon" else groups["matrices"])
-    split = [dict(params=decayed, weight_decay=config.weight_decay), dict(params=groups["vectors"], weight_decay=0.0)]
-    # torch's fused step takes either plain tensors or ones that are split over processes, not both at once; a model may scale the rate of some parameters (`p.lr_scale`)
+def _embeddings(model: nn.Module) -> set[int]:
+    "Ids of the weights of a Hugging Face model's input and output embeddings."
+    getters = ("get_input_embeddings", "get_output_embeddings")
+    modules = [getattr(model, name)() for name in getters if hasattr(model, name)]
+    return {id(module.weight) for module in modules if hasattr(module, "weight")}
+
+# %% ../../nbs/trainers/optimizers.ipynb #6c8a909c
+def _by_lr_scale(params: list, **settings) -> list[dict]:
+    """Groups of `params`, one for each `lr_scale`. torch's fused step takes either plain tensors or
+    ones that are split over processes, not both at once, so these are kept apart too."""
     kind = lambda p: (hasattr(p, "device_mesh"), getattr(p, "lr_scale", 1.0))
-    split = [{**group, "params": [p for p in group["params"] if kind(p) == one], "lr_scale": one[1]} for group in split for one in sorted({kind(p) for p in group["params"]})]
-    adamw = lambda: torch.optim.AdamW([g for g in split if g["params"]], lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.adam_epsilon, fused=True)
-    if config.optimizer == "adamw" or not groups["matrices"]: return adamw()
-    scale = lambda p: getattr(p, "lr_scale", 1.0)
-    matrices = muon([{"params": [p for p in groups["matrices"] if scale(p) == one], "lr_scale": one} for one in sorted(set(map(scale, groups["matrices"])))], config.learning_rate, config.weight_decay)
-    return CombinedOptimizer(matrices, adamw()) if any(g["params"] for g in split) else matrices
+    return [{**settings, "lr_scale": one[1], "params": [p for p in params if kind(p) == one]}
+            for one in sorted(set(map(kind, params)))]
+
+def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
+    "The optimizer of a run: AdamW, or Muon for the matrices of the blocks and AdamW for the rest."
+    groups = {kind: [p for _, p in named] for kind, named in parameter_groups(model).items()}
+    if not any(groups.values()):
+        raise ConfigError("the model has no parameters that train; unfreeze some of them")
+    with_muon = config.optimizer == "muon" and groups["matrices"]
+    decayed = groups["embeddings"] + ([] if with_muon else groups["matrices"])
+    rest = [*_by_lr_scale(decayed, weight_decay=config.weight_decay),
+            *_by_lr_scale(groups["vectors"], weight_decay=0.0)]
+    parts = []
+    if with_muon:
+        parts.append(muon(_by_lr_scale(groups["matrices"]), config.learning_rate, config.weight_decay))
+    if rest:
+        parts.append(torch.optim.AdamW(rest, lr=config.learning_rate, eps=config.adam_epsilon,
+                                       betas=(config.beta1, config.beta2), fused=True))
+    return CombinedOptimizer(*parts) if len(parts) > 1 else parts[0]
 
 # %% ../../nbs/trainers/optimizers.ipynb #b5c7adca
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, keep: bool = True) -> dict[str, torch.Tensor]:
-    """The optimizer's state as flat tensors, `parameter name|state name` → tensor. What is split over processes is gathered, so all of them must
-    call this; one with `keep=False` helps and gets nothing."""
-    names = {id(p): name for name, p in model.named_parameters()}
-    states = [part.state for part in getattr(optimizer, "parts", [optimizer])]
-    tensors = {}
-    for state in states:
-        for p, values in state.items():
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer,
+                      keep: bool = True) -> dict[str, torch.Tensor]:
+    """The optimizer's state as flat tensors, `parameter name|state name` → tensor. What is split over
+    processes is gathered, so all of them must call this; one with `keep=False` helps and gets
+    nothing."""
+    names, tensors = {id(p): name for name, p in model.named_parameters()}, {}
+    for part in getattr(optimizer, "parts", [optimizer]):
+        for p, values in part.state.items():
             for key, value in values.items():
-                value = value.full_tensor() if hasattr(value, "full_tensor") else torch.as_tensor(value)
-                if keep: tensors[f"{names[id(p)]}|{key}"] = value.detach().cpu().contiguous()
+                split = hasattr(value, "full_tensor")
+                whole = value.full_tensor() if split else torch.as_tensor(value)
+                if keep: tensors[f"{names[id(p)]}|{key}"] = whole.detach().cpu().contiguous()
     return tensors
 
-def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
-    "Put a state from `optimizer_tensors` back, each tensor to its parameter's device; parameters without one begin fresh."
-    by_name: dict[str, dict] = {}
+# %% ../../nbs/trainers/optimizers.ipynb #5bf9f4b3
+def _state_problem(name: str, p: torch.Tensor, state: dict, expected: set[str]) -> str | None:
+    "Why a saved state does not fit its parameter, in a few words."
+    missing = sorted(expected - set(state))
+    if missing: return f"{missing[0]} of {name} is missing"
+    for key, value in state.items():
+        if key not in expected: return f"{name} has a state {key} that this optimizer does not know"
+        shape = torch.Size() if key == "step" else p.shape
+        if value.shape != shape: return f"{key} of {name} has the shape {list(value.shape)}, not {list(shape)}"
+        if not value.is_floating_point(): return f"{key} of {name} holds {value.dtype}, not numbers"
+    return None
+
+def _states_by_name(tensors: dict[str, torch.Tensor]) -> dict[str, dict]:
+    states: dict[str, dict] = {}
     for key, tensor in tensors.items():
         name, _, state = key.rpartition("|")
-        by_name.setdefault(name, {})[state] = tensor
-    names = {id(p): name for name, p in model.named_parameters()}
-    for part in getattr(optimizer, "parts", [optimizer]):
-        part.state.clear()
-        ordered = [p for group in part.param_groups for p in group["params"]]
-        states = {number: _like(by_name[names[id(p)]], p) for number, p in enumerate(ordered) if names[id(p)] in by_name}
-        groups, start = [], 0
-        for group in part.param_groups:
-            groups.append({**{k: v for k, v in group.items() if k != "params"}, "params": list(range(start, start + len(group["params"])))})
-            start += len(group["params"])
-        part.load_state_dict({"state": states, "param_groups": groups})
+        states.setdefault(name, {})[state] = tensor
+    return states
 
-def _like(state: dict, p: torch.Tensor) -> dict:
-    "Clone a state; where the parameter is sharded, shard what has its shape the same way."
-    if not hasattr(p, "device_mesh"): return {key: value.clone() for key, value in state.items()}
+def _like(value: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    "A clone of a saved tensor; what has the shape of a parameter that is sharded is sharded like it."
+    if not hasattr(p, "device_mesh") or value.shape != p.shape: return value.clone()
     from torch.distributed.tensor import distribute_tensor
-    return {key: distribute_tensor(value.to(p.device), p.device_mesh, p.placements) if value.shape == p.shape else value.clone() for key, value in state.items()}
+    return distribute_tensor(value.to(p.device), p.device_mesh, p.placements)
+
+# %% ../../nbs/trainers/optimizers.ipynb #60ae4753
+def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer,
+                           tensors: dict[str, torch.Tensor], same: bool = True) -> None:
+    """Put a state from `optimizer_tensors` back, each tensor to its parameter's device; parameters
+    without one begin fresh. `same`: it is the state of this kind of optimizer, and one that does not
+    fit is a `ConfigError`; else a parameter whose state does not fit begins fresh."""
+    names, saved = {id(p): name for name, p in model.named_parameters()}, _states_by_name(tensors)
+    for part in getattr(optimizer, "parts", [optimizer]):
+        adamw = isinstance(part, torch.optim.AdamW)
+        expected = {"step", "exp_avg", "exp_avg_sq"} if adamw else {"momentum_buffer"}
+        states, params = {}, [p for group in part.param_groups for p in group["params"]]
+        for number, p in enumerate(params):
+            name = names[id(p)]
+            if name not in saved: continue
+            problem = _state_problem(name, p, saved[name], expected)
+            if problem and same: raise ConfigError(f"the optimizer's state does not fit: {problem}")
+            if not problem: states[number] = {key: _like(value, p) for key, value in saved[name].items()}
+        part.state.clear()
+        part.load_state_dict({"state": states, "param_groups": _numbered(part.param_groups)})
+
+def _numbered(groups: list[dict]) -> list[dict]:
+    "Parameter groups with numbers in the place of parameters, as a state dict has them."
+    numbered, start = [], 0
+    for group in groups:
+        count = len(group["params"])
+        numbered.append({**group, "params": list(range(start, start + count))})
+        start += count
+    return numbered
