@@ -33,7 +33,8 @@ class TrainerState(Settings):
     step: Annotated[int, setting("Optimizer steps done.", ge=0, le=2**40)]
     skipped: Annotated[int, setting("Steps whose batches were left out.", ge=0, le=2**40)] = 0
     rollbacks: Annotated[int, setting("How often the run was put back.", ge=0, le=2**20)] = 0
-    lr_backoff: Annotated[float, setting("Learning-rate factor, halved by rollbacks.", ge=0, le=1)] = 1.0
+    lr_backoff: Annotated[float,
+                          setting("Learning-rate factor, halved by rollbacks.", ge=0, le=1)] = 1.0
     best: Annotated[float | None, setting("The lowest validation loss so far.")] = None
     best_step: Annotated[int, setting("Its step.", ge=0, le=2**40)] = 0
     evaluations_without_better: Annotated[int, setting("Evaluations since.", ge=0, le=2**40)] = 0
@@ -142,7 +143,8 @@ def check_config(folder) -> None:
                               "no code is ever fetched")
 
 def _check_vocabulary(folder, config) -> None:
-    "Refuse a vocabulary that no weight has before room for it is made: a wrong number may ask for all."
+    """Refuse a vocabulary that no weight has before room for it is made: a wrong number may ask for
+    all."""
     path, size = Path(folder) / "model.safetensors", getattr(config, "vocab_size", None)
     if size is None or not path.is_file(): return
     with safe_open(path, "pt") as file:
