@@ -288,8 +288,9 @@ def train():
 def _prepare_command(flags, quiet):
     "Turn text into memory-mapped tokens: streaming, parallel, resumable."
     from sprout_lab.data.prepare import PrepareConfig, prepare_from_config
+    from sprout_lab.progress import without_progress
     if flags.get("output"): flags["output"] = str(user_path(flags["output"]))
-    prepare_from_config(PrepareConfig(**flags), log=_log(quiet))
+    with without_progress(quiet): prepare_from_config(PrepareConfig(**flags), log=_log(quiet))
 
 # %% ../nbs/cli.ipynb #f5b512e8
 _model_path = click.option("--model_path", "--run", "model_path", metavar="PATH", required=True,

@@ -204,6 +204,15 @@ def test_an_error_leaves_no_token_file(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_token_file_as_an_array(tmp_path):
+    "As every NumPy asks for it: version 1 without `copy`, which must not become None there."
+    tokens = TokenFile.open(write(tmp_path / "t.bin", np.arange(50)))
+    assert tokens.__array__() is tokens.tokens and tokens.__array__(copy=None) is tokens.tokens
+    assert np.array(tokens).flags.writeable and not np.asarray(tokens).flags.writeable
+    assert np.asarray(tokens, np.int64).tolist() == tokens[:].tolist()
+    with pytest.raises(ValueError): tokens.__array__(np.int64, copy=False)
+
+
 def test_token_file_in_another_process(tmp_path):
     import pickle
     tokens = TokenFile.open(write(tmp_path / "t.bin", np.arange(50)))
@@ -866,6 +875,23 @@ def test_progress_of_a_preparation(tmp_path, small_blocks, monkeypatch, capfd):
     with progress_module.without_progress():
         prepare(tmp_path / "t.txt", tmp_path / "quiet", progress=True)
     assert not lines and capfd.readouterr() == ("", "")
+
+
+def test_a_quiet_preparation_prints_nothing(tmp_path, small_blocks, monkeypatch, capfd):
+    "The command with --quiet: no line of the result, none of the progress."
+    from sprout_lab.cli import main
+    eager = partial(progress_module.Progress, every=0)
+    monkeypatch.setattr(prepare_module, "Progress", eager)
+    (tmp_path / "t.txt").write_text("a text of some length " * 500)
+    def shown(*words):
+        command = ["prepare", "--input", str(tmp_path / "t.txt"), *words]
+        with pytest.raises(SystemExit) as end: main(command)
+        assert not end.value.code
+        return capfd.readouterr()
+    loud = shown("--output", str(tmp_path / "loud"))
+    assert "train.bin: " in loud.out and "11,000 bytes (100%)" in loud.err
+    assert shown("--quiet", "--output", str(tmp_path / "quiet")) == ("", "")
+    assert digest(tmp_path / "quiet") == digest(tmp_path / "loud")
 
 
 def test_settings_of_a_preparation_are_settings(tmp_path):

@@ -5,8 +5,8 @@ convolution, and the model around a family's layers."""
 
 # %% auto #0
 __all__ = ['RaggedBatch', 'gather_columns', 'left_align', 'unalign', 'document_starts', 'align_inputs', 'StateLayer',
-           'RecurrentCache', 'ShortConvolution', 'RecurrentConfig', 'init_linear', 'RecurrentPreTrainedModel',
-           'RecurrentBackbone', 'RecurrentModel', 'RecurrentForCausalLM']
+           'RecurrentCache', 'joined_rows', 'ShortConvolution', 'RecurrentConfig', 'init_linear',
+           'RecurrentPreTrainedModel', 'RecurrentBackbone', 'RecurrentModel', 'RecurrentForCausalLM']
 
 # %% ../../nbs/models/recurrent.ipynb #d0636ab9
 from dataclasses import dataclass
@@ -199,10 +199,41 @@ class RecurrentCache(Cache):
         for mine, theirs in zip(self.layers, copy.layers): theirs.tensors = dict(mine.tensors)
         return copy if rows is None else copy.select(rows)
 
+    def join(self, other: "RecurrentCache") -> "RecurrentCache":
+        "Append the rows of another state of the same model, in place."
+        rows = [cache.num_rows() for cache in (self, other)]
+        for mine, theirs in zip(self.layers, other.layers):
+            names = {**mine.tensors, **theirs.tensors}
+            mine.tensors = {name: joined_rows(mine.get(name), theirs.get(name), *rows)
+                            for name in names}
+        self.tokens = max(self.tokens, other.tokens)
+        return self
+
+    def trim(self, columns: int) -> "RecurrentCache":
+        "Forget `columns` columns of padding: of them a state holds nothing but their number."
+        self.tokens -= columns
+        return self
+
+    def num_rows(self) -> int:
+        "Sequences in the batch; 0 before the first token."
+        return next((len(t) for layer in self.layers for t in layer.tensors.values()), 0)
+
     def bytes_per_row(self) -> int:
         "Memory of one sequence's state, in bytes."
         tensors = [t for layer in self.layers for t in layer.tensors.values() if len(t)]
         return sum(t.element_size() * t[0].numel() for t in tensors)
+
+# %% ../../nbs/models/recurrent.ipynb #ad717f8e
+def joined_rows(mine, theirs, rows: int, their_rows: int) -> torch.Tensor:
+    """Two batches of one kind of state, `(rows, …)` and `(their_rows, …)`, as one. What one of them
+    does not have yet is zero; where one has more places (chunks seen), the other gets empty ones."""
+    if mine is None: mine = theirs.new_zeros(rows, *theirs.shape[1:])
+    if theirs is None: theirs = mine.new_zeros(their_rows, *mine.shape[1:])
+    if mine.dim() > 2 and mine.shape[1] != theirs.shape[1]:
+        places = max(mine.shape[1], theirs.shape[1])
+        at_the_end = lambda t: (*[0, 0] * (t.dim() - 2), 0, places - t.shape[1])
+        mine, theirs = F.pad(mine, at_the_end(mine)), F.pad(theirs, at_the_end(theirs))
+    return torch.cat((mine, theirs.to(mine.dtype)))
 
 # %% ../../nbs/models/recurrent.ipynb #0ebab1a7
 def _tokens_since_start(starts: torch.Tensor, many: int) -> torch.Tensor:
