@@ -10,7 +10,7 @@ from sprout_lab.evaluation.recurrent_benchmarks import plain_torch
 from sprout_lab.evaluation.transformer_benchmarks import (build_nanogpt, load_nanogpt,
                                                           nanogpt_optimizer)
 from sprout_lab.families import families
-from sprout_lab.models.llama2c import export_llama
+from sprout_lab.models.importing import export_llama
 from sprout_lab.models.transformer import TransformerConfig
 from sprout_lab.objectives import objective_of
 from sprout_lab.trainers.optimizers import build_optimizer
