@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['TALK_COMMANDS', 'NEEDED', 'OPTIONAL', 'main', 'cli', 'Setting', 'setting_options', 'collect_flags', 'Drawn',
            'train_command', 'train', 'prepare_command', 'evaluate_command', 'generate_command', 'talk', 'draw_command',
-           'import_group', 'import_llama2c_command', 'export_command', 'families_command', 'human', 'runs_group',
-           'runs_list', 'runs_show', 'runs_delete', 'runs_disk', 'bench_command', 'doctor_command',
-           'completion_command']
+           'import_group', 'import_command', 'export_command', 'families_command', 'human', 'runs_group', 'runs_list',
+           'runs_show', 'runs_delete', 'runs_disk', 'bench_command', 'doctor_command', 'completion_command']
 
 # %% ../nbs/cli.ipynb #75a3abc3
 import json
@@ -42,7 +41,7 @@ def _fail(message, code: int = 2) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """The console script: runs a command and turns mistakes into one line on standard error and
     exit code 2."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")   # a bar for every megabyte is noise
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # a bar for every megabyte is noise
     try: code = cli.main(args=arguments, prog_name="sprout-lab", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.ctx.get_help())
@@ -113,8 +112,9 @@ def _hidden_switch(name: str) -> click.Option:
     return click.Option([f"--{name}"], is_flag=True, flag_value="true", default=None, hidden=True)
 
 def setting_options(specs, aliases: dict[str, str] | None = None) -> list[click.Parameter]:
-    """The options for some settings, with `--no_…` for every switch and other spellings, hidden; values
-    arrive as text. `aliases`: spelling → setting, by default the guides' (`configs.ALIASES`)."""
+    """The options for some settings, with `--no_…` for every switch and other spellings,
+    hidden; values arrive as text. `aliases`: spelling → setting, by default the guides'
+    (`configs.ALIASES`)."""
     names = {spec.name: spec for spec in specs}
     options = [Setting(spec) for spec in specs]
     for alias, name in (ALIASES if aliases is None else aliases).items():
@@ -145,8 +145,9 @@ def collect_flags(values: dict, specs, aliases: dict[str, str] | None = None) ->
 
 # %% ../nbs/cli.ipynb #194141ba
 class Drawn(click.Command):
-    """A command whose flags are the settings of a class, by section. `settings()` returns the specs;
-    the callback gets those that were given as a dict `flags`, and other options as they are."""
+    """A command whose flags are the settings of a class, by section. `settings()` returns the
+    specs; the callback gets those that were given as a dict `flags`, and other options as they
+    are."""
     def __init__(self, *args, settings, aliases: dict[str, str] | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         self.settings, self.aliases, self.specs = settings, aliases, None
@@ -326,8 +327,8 @@ _written_as = {"max_new_tokens": "max_tokens", "max_length": "max_tokens"}
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto",
               show_default=True)
 def generate_command(model_path, prompt, prompt_file, output_file, interactive, device, flags):
-    """Continue a text: streams while it writes, whole characters only. A masked model fills the gaps of
-    a text instead: each [MASK] is one token."""
+    """Continue a text: streams while it writes, whole characters only. A masked model fills the
+    gaps of a text instead: each [MASK] is one token."""
     from sprout_lab.decoding.sampling import SamplingConfig
     if sum((prompt is not None, prompt_file is not None, interactive)) > 1:
         raise ConfigError("prompt, prompt_file and interactive exclude one another; keep one of "
@@ -450,20 +451,38 @@ def _new_folder(path) -> Path:
 
 def _parameters(model) -> str: return f"{sum(p.numel() for p in model.parameters()):,} parameters"
 
-@import_group.command("llama2c")
-@click.argument("model_bin", metavar="MODEL.bin")
-@click.option("--tokenizer", metavar="TOKENIZER.bin",
-              help="Its tokenizer, in llama2.c's format; without it the model has none.")
-@click.option("--output", "--output_dir", "output", metavar="DIR",
-              help="Where the model goes [runs/NAME].")
-def import_llama2c_command(model_bin, tokenizer, output):
-    "A llama2.c checkpoint: interleaved RoPE, tied head."
-    from sprout_lab.models.llama2c import import_llama2c
-    from sprout_lab.runs import new_run_folder
-    folder = _new_folder(output or new_run_folder(Path(model_bin).stem))
-    model = import_llama2c(model_bin, tokenizer, folder)
-    click.echo(f"{folder}: {_parameters(model)}, {model.config.num_hidden_layers} layers; "
-               f"try: sprout-lab generate --model_path {folder} --prompt \"Once upon a time\"")
+_IMPORTED = {
+    "llama2c": ("MODEL.bin", "A llama2.c checkpoint: interleaved RoPE, tied head."),
+    "llama": ("FOLDER|GGUF", "A Llama (SmolLM too) of Hugging Face's form, or in a GGUF file."),
+    "gpt2": ("FOLDER", "A GPT-2 of Hugging Face's form.")}
+
+def import_command(kind: str) -> click.Command:
+    "`sprout-lab import KIND`: weights become a run at step 0."
+    metavar, summary = _IMPORTED[kind]
+
+    def run(path, tokenizer, output, dataset, sequence_length):
+        from sprout_lab.runs import new_run_folder
+        from sprout_lab.trainers.starting import import_run
+        folder = _new_folder(output or new_run_folder(Path(path).stem))
+        given = {"dataset_name": dataset, "sequence_length": sequence_length}
+        given = {name: value for name, value in given.items() if value is not None}
+        model = import_run(kind, path, folder, tokenizer, log=click.echo, **given)
+        click.echo(f"{folder}: {_parameters(model)}, {model.config.num_hidden_layers} layers; "
+                   f"try: sprout-lab generate --model_path {folder} --prompt \"Once upon a time\"")
+
+    return click.Command(kind, callback=run, help=summary, context_settings=_context, params=[
+        click.Argument(["path"], metavar=metavar),
+        click.Option(["--tokenizer"], metavar="FILE|DIR|NAME",
+                     help="Its tokenizer, where the files bring none; without one it reads no text."),
+        click.Option(["--output", "--output_dir", "output"], metavar="DIR",
+                     help="Where the run goes [runs/NAME]."),
+        click.Option(["--dataset", "--dataset_name", "dataset"], metavar="NAME", default="tales",
+                     show_default=True, help="What it is evaluated and trained on from here."),
+        click.Option(["--sequence_length"], type=click.IntRange(1), metavar="N",
+                     help="Window of that [128, or what the model can see]."),
+    ])
+
+for _kind in _IMPORTED: import_group.add_command(import_command(_kind))
 
 # %% ../nbs/cli.ipynb #1346801b
 @cli.command("export")
@@ -476,7 +495,7 @@ def import_llama2c_command(model_bin, tokenizer, output):
 def export_command(run, output, llama, ternary):
     "Write a run's best model as a Hugging Face folder of its own, with its tokenizer."
     from sprout_lab.families import load_model
-    from sprout_lab.models.llama2c import export_llama
+    from sprout_lab.models.importing import export_llama
     if llama and ternary:
         raise ConfigError("llama and ternary exclude one another; keep one of them")
     folder = _new_folder(output)

@@ -1,8 +1,8 @@
-"""The documentation as a site in site/, offline: every notebook a page, formulas as MathML, the API as tables, search. `make docs` builds and checks it.
+"""The documentation as a site in site/, offline: guides first, a page for every notebook, the API from the docstrings, formulas as MathML, search.
 
-Notebooks are turned into Markdown here: prose as it is, code without directives, outputs as text, tables and picture files. Nothing of the site comes from another machine."""
+nbconvert makes Markdown of the notebooks, mkdocstrings reads the library's signatures and docstrings, mkdocs with the material theme makes the site. Here is
+what is ours: which cells are shown and how, where links lead, and a check that nothing is broken and nothing is loaded from the network."""
 import ast
-import base64
 import html
 import json
 import logging
@@ -16,25 +16,27 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import yaml
-
+from latex2mathml.converter import convert
+from nbconvert import MarkdownExporter
+from nbconvert.preprocessors import Preprocessor
 from readme import address, render, root
+from traitlets.config import Config
 
-rooms = {"": "Start", "models": "Models", "data": "Data", "trainers": "Trainers",
-         "evaluation": "Evaluation", "decoding": "Decoding", "kernels": "Kernels",
-         "visualizers": "Visualizers", "panels": "Panels", "guides": "Guides"}
+ROOMS = {"guides": "Guides", "models": "Models", "data": "Data", "trainers": "Training",
+         "evaluation": "Evaluation", "decoding": "Decoding",
+         "panels": "Panels", "visualizers": "Pictures", "kernels": "Kernels", "": "The house"}
+# the order of the guides; others follow
+FIRST = ("start", "transformer", "slm", "hnet", "sprout", "mot", "tslm", "compare", "add_a_family")
 STYLE = """
 .md-grid { max-width: 76rem; }
 .md-typeset math { font-family: "Latin Modern Math", "STIX Two Math", "Cambria Math", "DejaVu Math TeX Gyre", math, serif; }
-.md-typeset math[display="block"] { margin: .6em 0; padding: .4em 0; font-size: 1.1em; overflow: auto hidden; }
+.md-typeset math[display="block"] { margin: .6em 0; padding: .4em 0; font-size: 1.1em; overflow: auto hidden; max-width: 100%; }
 .md-typeset pre > code { font-size: .66rem; }
 .md-typeset .output { margin: -.4em 0 1.4em; padding: 0 .8em; border-left: .15rem solid var(--md-default-fg-color--lightest); overflow-x: auto; }
 .md-typeset .output pre { margin: 0; font-size: .68rem; line-height: 1.45; white-space: pre-wrap; overflow-wrap: anywhere; }
-.md-typeset .output pre > code { background: none; padding: .2em 0; }
-.md-typeset .output img { display: block; background: white; }
-.md-typeset .output table { font-size: .64rem; border-collapse: collapse; }
-.md-typeset .output th, .md-typeset .output td { padding: .15em .8em .15em 0; }
-.md-typeset code.signature { display: block; margin-top: .35em; font-size: .58rem; line-height: 1.5; background: none; padding: 0; opacity: .75; overflow-wrap: anywhere; }
-.md-typeset td code { word-break: normal; overflow-wrap: normal; }
+.md-typeset .output img, .md-typeset p > img { background: white; max-width: 100%; }
+.md-typeset .page-links { font-size: .62rem; opacity: .8; margin: 0 0 1em; }
+.md-typeset .doc-heading { font-size: .8rem; }
 .md-typeset table:not([class]) td:first-child code { white-space: nowrap; }
 """
 
@@ -60,99 +62,132 @@ if (location.protocol === "file:") window.Worker = window.IFrameWorker = class e
 """
 
 
+
+
 # ---- notebooks → Markdown
 
-class Page:
-    """One page on its way to Markdown: `formulas` are kept aside by a token each, `place` is the
-    source's folder, `target` the page's place below the pages."""
+def module_of(path: Path) -> str:
+    "The dotted name of the module that a notebook exports, or nothing."
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        found = re.search(r"^#\|\s*default_exp\s+(\S+)", "".join(cell["source"]),
+                          flags=re.MULTILINE)
+        if found: return f"sprout_lab.{found[1]}"
+    return ""
 
-    def __init__(self, target: Path, place: Path, formulas: dict[str, str]):
-        self.target, self.place, self.formulas, self.pictures = target, place, formulas, 0
 
-    def prose(self, text: str) -> str:
-        """Markdown as Jupyter understands it → as the site's generator does: formulas, links, lists
-        that follow a line of text."""
-        code = r"(^```.*?^```[^\n]*$|``.+?``|`[^`\n]+`)"
-        parts = re.split(code, text, flags=re.DOTALL | re.MULTILINE)
-        for i in range(0, len(parts), 2):
-            part = re.sub(r"\$\$(.+?)\$\$", lambda m: self.formula(m[1], "block"), parts[i],
-                          flags=re.DOTALL)
-            part = re.sub(r"(?<![\\$\w])\$(?!\s)((?:[^$\n]|\n(?!\n))+?)(?<!\s)\$(?!\w)",
-                          lambda m: self.formula(m[1], "inline"), part)
-            # a picture of another machine's: its words
-            part = re.sub(r"!\[([^\]]*)\]\(\w+://[^)]*\)", r"\1", part)
-            parts[i] = part
-        text = re.sub(code + r"|\]\(([^)\s]+)\)", lambda m: m[1] or f"]({self.link(m[2])})",
-                      "".join(parts), flags=re.DOTALL | re.MULTILINE)
-        text = re.sub(r'(src|href)="([^"]+)"', lambda m: f'{m[1]}="{self.link(m[2])}"', text)
-        return re.sub(r"^(?!\s*(?:[-*+]|\d+\.) |\s*$|\s)(.+)\n(?=(?:[-*+]|\d+\.) )", r"\1\n\n",
-                      text, flags=re.MULTILINE)
+def public_names(source: str) -> list[str]:
+    "The public functions and classes that a cell defines."
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    return [node.name for node in ast.parse(source).body if isinstance(node, kinds)
+            and not node.name.startswith("_")]
 
-    def formula(self, tex: str, display: str) -> str:
-        from latex2mathml.converter import convert
-        token = f"formula{len(self.formulas):04d}x"
-        self.formulas[token] = (convert(tex.strip(), display=display), tex.strip())
-        return f"\n\n{token}\n\n" if display == "block" else token
 
-    def link(self, target: str) -> str:
-        """A link of a notebook as a link of its page; what is not part of the site lies in the
-        repository."""
-        path, _, part = target.partition("#")
-        if not path or re.match(r"\w+:", path): return target
-        full = (self.place / path).resolve()
-        if not full.exists():
-            raise SystemExit(f"{self.place.relative_to(root) / self.target.name}: the link "
-                             f"{target} leads nowhere")
-        inside = full.is_relative_to(root / "nbs") and full.is_file()
-        if not inside:
-            where = address()
-            return f"https://github.com/{where['user']}/{where['repo']}/{'tree' if full.is_dir() else 'blob'}/{where['branch']}/{full.relative_to(root).as_posix()}"
-        shown = Path(os.path.relpath(full.relative_to(root / "nbs"), self.target.parent)).as_posix()
-        return re.sub(r"\.ipynb$", ".md", shown) + (f"#{part}" if part else "")
+class Shown(Preprocessor):
+    """What a reader sees of a notebook: hidden cells are gone; an exported definition is its signature and docstring, read from the library, with the source a click
+    away; a demonstration is code with its output; what needs a kernel (widgets) is left out."""
 
-    def output(self, output: dict) -> str:
-        "An output as HTML or fenced text; widgets, which need a kernel, are left out."
-        data = {kind: "".join(value) if isinstance(value, (list, str)) else value for kind,
-                value in output.get("data", {}).items()}
-        if any("widget" in kind for kind in data): return ""
-        if "image/png" in data:
-            self.pictures += 1
-            picture = self.target.with_name(f"{self.target.stem}-{self.pictures}.png")
-            picture_file = pages() / picture
-            picture_file.parent.mkdir(parents=True, exist_ok=True)
-            picture_file.write_bytes(base64.b64decode(data["image/png"]))
-            shown = f'<img src="{picture.name}" alt="a picture drawn by the cell above">'
-        elif "text/html" in data: shown = re.sub(r"\n\s*\n", "\n", data["text/html"])
-        elif "text/markdown" in data: return self.prose(data["text/markdown"])
-        else:
-            text = data.get("text/plain") or "".join(output.get("text",
-                                                                "")) or "".join(output.get("evalue",
-                                                                                           ""))
-            if not text.strip(): return ""
-            text = re.sub(r"\x1b\[[0-9;]*m", "", text)
-            shown = f"<pre><code>{html.escape(text.rstrip())}</code></pre>"
-        return f'<div class="output">{shown}</div>'
-
-    def notebook(self, path: Path) -> str:
-        parts = []
-        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
-            source = "".join(cell["source"]).strip()
-            if not source or re.search(r"^#\|\s*(hide|default_exp)\b", source, flags=re.MULTILINE):
+    def preprocess(self, notebook, resources):
+        module, cells = resources["module"], []
+        for cell in notebook.cells:
+            if re.search(r"^#\|\s*(hide|default_exp)\b", cell.source,
+                         flags=re.MULTILINE) or not cell.source.strip():
                 continue
-            if cell["cell_type"] == "markdown":
-                parts.append(self.prose(source))
-                continue
-            source = re.sub(r"^#\|.*\n?", "", source, flags=re.MULTILINE).strip()
-            if source: parts.append(f"````python\n{source}\n````")
-            streams, merged = [], []
-            # what was printed piece by piece is read as one
-            for output in cell.get("outputs", []):
-                if output["output_type"] == "stream" and streams:
-                    streams[-1]["text"] = "".join(streams[-1]["text"]) + "".join(output["text"])
-                else: merged.append(dict(output))
-                streams = [merged[-1]] if output["output_type"] == "stream" else []
-            parts += [shown for shown in map(self.output, merged) if shown]
-        return "\n\n".join(parts) + "\n"
+            exported = cell.cell_type == "code" and re.match(r"#\|\s*export", cell.source)
+            cell.source = re.sub(r"^#\|.*\n?", "", cell.source,
+                                 flags=re.MULTILINE).strip() if cell.cell_type == "code" else cell.source
+            if exported and module:
+                names = [f"::: {module}.{name}" for name in public_names(cell.source)]
+                if not names: continue
+                cell.cell_type, cell.source = "markdown", "\n\n".join(names)
+            elif cell.cell_type == "markdown": cell.source = prose(cell.source, resources["place"])
+            else:
+                cell.outputs = [shown
+                                for output in merged(cell.outputs) if (shown := plain(output))]
+            cells.append(cell)
+        notebook.cells = cells
+        return notebook, resources
+
+
+def merged(outputs: list) -> list:
+    "Outputs with what was printed piece by piece as one."
+    joined = []
+    for output in outputs:
+        if output.output_type == "stream" and joined and joined[-1].output_type == "stream":
+            joined[-1].text += output.text
+        else: joined.append(output)
+    return joined
+
+
+def plain(output):
+    """An output that a page can show, or none: no widgets, no colours of a terminal; HTML keeps no
+    blank lines, which would end it."""
+    data = output.get("data", {})
+    if any("widget" in kind for kind in data): return None
+    if "text" in output: output.text = re.sub(r"\x1b\[[0-9;]*m", "", output.text)
+    if "text/html" in data:
+        dense = re.sub(r"\n\s*\n", "\n", data["text/html"])
+        data["text/html"] = f'<div class="output">{dense}</div>'
+    return output
+
+
+def prose(text: str, place: Path) -> str:
+    """Markdown of a notebook as the site's: links to pages, a blank line before a list that follows
+    a line of text. Code stays as it is."""
+    code = r"(^```.*?^```[^\n]*$|``.+?``|`[^`\n]+`)"
+    parts = re.split(code, text, flags=re.DOTALL | re.MULTILINE)
+    for i in range(0, len(parts), 2):
+        # a picture of another machine's: its words
+        part = re.sub(r"!\[([^\]]*)\]\(\w+://[^)]*\)", r"\1", parts[i])
+        part = re.sub(r"\]\(([^)\s]+)\)", lambda m: f"]({page_link(m[1], place)})", part)
+        part = re.sub(r'(src|href)="([^"]+)"', lambda m: f'{m[1]}="{page_link(m[2], place)}"', part)
+        parts[i] = part
+    text = "".join(parts)
+    return re.sub(r"^(?!\s*(?:[-*+]|\d+\.) |\s*$|\s)(.+)\n(?=(?:[-*+]|\d+\.) )", r"\1\n\n", text,
+                  flags=re.MULTILINE)
+
+
+def page_link(target: str, place: Path) -> str:
+    """A link of a notebook in `place` as a link of its page; what is not part of the site lies in
+    the repository."""
+    path, _, part = target.partition("#")
+    if not path or re.match(r"\w+:", path): return target
+    full = (place / path).resolve()
+    if not full.exists():
+        raise SystemExit(f"{place.relative_to(root)}: the link {target} leads nowhere")
+    if not (full.is_relative_to(root / "nbs") and full.is_file()):
+        return f"{repository()}/{'tree' if full.is_dir() else 'blob'}/{address()['branch']}/{full.relative_to(root).as_posix()}"
+    home = place if place.is_relative_to(root / "nbs") else root / "nbs"
+    shown = Path(os.path.relpath(full, home)).as_posix()
+    return re.sub(r"\.ipynb$", ".md", shown) + (f"#{part}" if part else "")
+
+
+def repository() -> str: return f"https://github.com/{address()['user']}/{address()['repo']}"
+
+
+def write_page(path: Path) -> None:
+    "The Markdown of a notebook, and its pictures beside it."
+    target = pages() / path.relative_to(root / "nbs").with_suffix(".md")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    exporter = MarkdownExporter(config=Config({"MarkdownExporter": {"preprocessors": [Shown]}}))
+    resources = {"module": module_of(path), "place": path.parent,
+                 "output_files_dir": f"{path.stem}_files", "unique_key": path.stem}
+    text, made = exporter.from_filename(str(path), resources)
+    for name, content in made["outputs"].items():
+        (target.parent / name).parent.mkdir(parents=True, exist_ok=True)
+        (target.parent / name).write_bytes(content)
+    target.write_text(with_links(text, path), encoding="utf-8")
+
+
+def with_links(text: str, path: Path) -> str:
+    "A page with its source, and where it has one its Colab notebook, under its title."
+    inside, colab = path.relative_to(root).as_posix(), root / "colab" / path.name
+    links = [f"[the notebook]({repository()}/blob/{address()['branch']}/{inside})"]
+    if path.parent.name == "guides" and colab.exists():
+        where = f"{address()['user']}/{address()['repo']}/blob/{address()['branch']}/colab/{path.name}"
+        links.append(f"[open in Colab](https://colab.research.google.com/github/{where})")
+    return re.sub(r"^(# .+\n)", lambda m: f'{m[1]}\n<p class="page-links" '
+                                          f'markdown>{" · ".join(links)}</p>\n', text, count=1,
+                  flags=re.MULTILINE)
 
 
 def title_of(notebook: Path) -> str:
@@ -163,42 +198,21 @@ def title_of(notebook: Path) -> str:
     return notebook.stem
 
 
-# ---- the API
+# ---- pages that are no notebook
 
-def signature(node) -> str:
-    "`name(arguments)` of a function, or of a class by its `__init__`."
-    if isinstance(node, ast.ClassDef):
-        init = next((n for n in node.body if isinstance(n, ast.FunctionDef)
-                     and n.name == "__init__"), None)
-        if init is None: return node.name
-        arguments = ast.unparse(init.args).split(", ", 1)
-        return f"{node.name}({arguments[1] if len(arguments) > 1 else ''})"
-    return f"{node.name}({ast.unparse(node.args)})"
-
-
-def api_page() -> str:
-    """Every public function and class of the library: signature and the first paragraph of its
-    docstring."""
-    parts = ["# API\n\nEvery public name, by module; the module's page shows it in use.\n"]
-    for path in sorted((root / "sprout_lab").rglob("*.py")):
-        if path.name.startswith("_"): continue
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        rows = []
-        for node in tree.body:
-            if not isinstance(node, (ast.FunctionDef, ast.ClassDef)) or node.name.startswith("_"):
-                continue
-            said = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
-            said = re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(said, quote=False))
-            call = signature(node)
-            shown = "" if call == node.name else f'<code class="signature">{html.escape(call, quote=False)}</code>'
-            rows.append(f"<tr><td><code>{node.name}</code></td><td>{said}{shown}</td></tr>")
-        if not rows: continue
-        module = path.relative_to(root / "sprout_lab").with_suffix("").as_posix()
-        page = f"[{module}]({module}.md): " if (root / "nbs" / f"{module}.ipynb").exists() else ""
-        table = "<table><thead><tr><th>name</th><th>what it does</th></tr></thead><tbody>" + "".join(rows) + "</tbody></table>"
-        parts.append("\n\n".join([f"## sprout_lab.{module.replace('/', '.')}",
-                                  page + (ast.get_docstring(tree) or "").split("\n")[0], table]))
-    return "\n\n".join(parts) + "\n"
+def api_page(notebooks: list[Path]) -> str:
+    "Every public name by module, each a link to where it stands with its docstring."
+    parts = ["# API\n\nEvery public name, by module; each leads to its signature, docstring and "
+             "example.\n"]
+    for path in notebooks:
+        module = module_of(path)
+        if not module: continue
+        page = path.relative_to(root / "nbs").with_suffix(".md").as_posix()
+        file = root / Path(*module.split(".")).with_suffix(".py")
+        names = public_names(file.read_text(encoding="utf-8")) if file.exists() else []
+        links = ", ".join(f"[`{name}`]({page}#{module}.{name})" for name in names)
+        if links: parts.append(f"## [{module}]({page})\n\n{links}\n")
+    return "\n".join(parts)
 
 
 def settings_page() -> str:
@@ -223,79 +237,120 @@ def names_page() -> str:
     return f"# Other people's names\n\nOne thing has one name here. The names that other scripts use are understood, too, as flags (with dashes or underscores), in files and in notebooks.\n\n{aliases_table()}\n"
 
 
+
 # ---- the site
 
 def pages() -> Path: return root / "build" / "docs"
+
+
+def order(path: Path) -> tuple:
+    "Guides in their own order, everything else by title."
+    known = path.stem in FIRST
+    return (0 if known else 1, FIRST.index(path.stem) if known else 0, title_of(path))
+
+
+def navigation(notebooks: list[Path]) -> list[dict]:
+    "Start, then the guides, then the rooms."
+    nav: list[dict] = [{"Start": "index.md"}]
+    for room, name in ROOMS.items():
+        there = sorted((n for n in notebooks if n.parent == root / "nbs" / room), key=order)
+        if room == "guides": there = [n for n in notebooks if n == root / "nbs/start.ipynb"] + there
+        if room == "": there = [n for n in there if n.stem != "start"]
+        entries = [{title_of(n): n.relative_to(root / "nbs").with_suffix(".md").as_posix()}
+                   for n in there]
+        if entries: nav.append({name: entries})
+    return [*nav, {"Reference": [{"Settings": "settings.md"}, {"Other people's names": "names.md"},
+                                 {"API": "api.md"}]}]
+
+
+def configuration(site: Path, notebooks: list[Path]) -> dict:
+    "mkdocs' settings."
+    palette = [{"media": "(prefers-color-scheme: light)", "scheme": "default", "primary": "green",
+                "toggle": {"icon": "material/weather-night", "name": "dark"}},
+               {"media": "(prefers-color-scheme: dark)", "scheme": "slate", "primary": "green",
+                "toggle": {"icon": "material/weather-sunny", "name": "light"}}]
+    features = ["navigation.sections", "navigation.top", "navigation.footer", "toc.follow",
+                "content.code.copy", "search.highlight"]
+    options = {"show_root_heading": True, "show_root_full_path": False, "heading_level": 4,
+               "show_source": True, "docstring_style": None,
+               "show_signature_annotations": True, "separate_signature": True, "line_length": 88,
+               "members": False, "show_bases": False}
+    return {
+        "site_name": "sprout-lab", "docs_dir": str(pages()), "site_dir": str(site),
+        "use_directory_urls": False,
+        "nav": navigation(notebooks), "extra_css": ["style.css"],
+        # as a link: as `repo_url` the theme would ask GitHub for its stars
+        "copyright": f'<a href="{repository()}">{address()["user"]}/{address()["repo"]}</a>',
+        "theme": {"name": "material", "font": False, "palette": palette, "features": features,
+                  **({"logo": "images/logo.svg", "favicon": "images/logo.svg"}
+                     if (root / "nbs/images/logo.svg").exists() else {})},
+        # offline: the search works from a folder, too, without a server
+        "plugins": ["search", "offline",
+                    {"mkdocstrings": {"handlers": {"python": {"paths": [str(root)],
+                                                              "options": options}}}}],
+        "markdown_extensions": ["tables", "sane_lists", "md_in_html", "admonition",
+                                "pymdownx.details", "pymdownx.superfences",
+                                {"pymdownx.arithmatex": {"generic": True}},
+                                {"toc": {"permalink": True, "toc_depth": 3}},
+                                {"pymdownx.highlight": {"pygments_lang_class": True}}]}
 
 
 def build(site: Path) -> None:
     "Write the pages and let mkdocs make the site of them; a broken link inside it is an error."
     shutil.rmtree(pages(), ignore_errors=True)
     pages().mkdir(parents=True)
-    formulas: dict[str, tuple[str, str]] = {}
     notebooks = [p for p in sorted((root / "nbs").rglob("*.ipynb"))
                  if ".ipynb_checkpoints" not in p.parts and p != root / "nbs/index.ipynb"]
-    for path in notebooks:
-        target = path.relative_to(root / "nbs").with_suffix(".md")
-        (pages() / target).parent.mkdir(parents=True, exist_ok=True)
-        (pages() / target).write_text(Page(target, path.parent, formulas).notebook(path),
-                                      encoding="utf-8")
+    for path in notebooks: write_page(path)
     for path in (root / "nbs").rglob("*"):   # pictures that the prose shows
-        if path.suffix in (".png", ".svg", ".gif",
-                           ".jpg") and ".ipynb_checkpoints" not in path.parts:
-            (pages() / path.relative_to(root / "nbs")).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, pages() / path.relative_to(root / "nbs"))
-    (pages() / "index.md").write_text(Page(Path("index.md"), root,
-                                           formulas).prose(render().split("-->\n", 1)[-1]),
-                                      encoding="utf-8")
-    (pages() / "api.md").write_text(api_page(), encoding="utf-8")
-    (pages() / "settings.md").write_text(settings_page(), encoding="utf-8")
-    (pages() / "names.md").write_text(names_page(), encoding="utf-8")
-    (pages() / "style.css").write_text(STYLE, encoding="utf-8")
-    nav = [{"Start": [{"sprout-lab": "index.md"}]}]
-    for room, name in rooms.items():
-        entries = [{title_of(n): n.relative_to(root / "nbs").with_suffix(".md").as_posix()}
-                   for n in notebooks if n.parent == root / "nbs" / room]
-        if room == "": nav[0]["Start"] += entries
-        elif entries: nav.append({name: entries})
-    nav.append({"Reference": [{"Settings": "settings.md"}, {"Other people's names": "names.md"},
-                              {"API": "api.md"}]})
-    where = address()
-    repository = f"https://github.com/{where['user']}/{where['repo']}"
-    config = {
-        "site_name": "sprout-lab", "docs_dir": str(pages()), "site_dir": str(site),
-        "use_directory_urls": False, "nav": nav, "extra_css": ["style.css"],
-        # as a link: as `repo_url` the theme would ask GitHub for its stars
-        "copyright": f'<a href="{repository}">{where["user"]}/{where["repo"]}</a>',
-        "theme": {"name": "material", "font": False,
-                  "features": ["navigation.sections", "navigation.top", "toc.follow",
-                               "content.code.copy", "search.highlight"]},
-        # offline: the search works from a folder, too, without a server
-        "plugins": ["search", "offline"],
-        "markdown_extensions": ["tables", "sane_lists", "pymdownx.superfences",
-                                {"toc": {"permalink": True, "toc_depth": 3}},
-                                {"pymdownx.highlight": {"pygments_lang_class": True}}],
-    }
+        if path.suffix not in (".png", ".svg", ".gif",
+                               ".jpg") or ".ipynb_checkpoints" in path.parts:
+            continue
+        (pages() / path.relative_to(root / "nbs")).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, pages() / path.relative_to(root / "nbs"))
+    written = {"index.md": prose(render().split("-->\n", 1)[-1], root),
+               "api.md": api_page(notebooks), "settings.md": settings_page(),
+               "names.md": names_page(), "style.css": STYLE}
+    for name, text in written.items(): (pages() / name).write_text(text, encoding="utf-8")
+    file = root / "build" / "mkdocs.yml"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(yaml.safe_dump(configuration(site, notebooks), sort_keys=False),
+                    encoding="utf-8")
+    make(file)
+    finish(site)
+
+
+def make(file: Path) -> None:
+    "Run mkdocs; its warnings are errors."
     os.environ["NO_MKDOCS_2_WARNING"] = "1"
     warnings.filterwarnings("ignore", category=DeprecationWarning)
-    from mkdocs.commands.build import build as make
+    from mkdocs.commands.build import build as run_mkdocs
     from mkdocs.config import load_config
     from mkdocs.exceptions import Abort
     logging.basicConfig(format="%(levelname)s  %(message)s", level=logging.WARNING)
-    file = root / "build" / "mkdocs.yml"
-    file.parent.mkdir(exist_ok=True)
-    file.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-    try: make(load_config(str(file), strict=True))
+    try: run_mkdocs(load_config(str(file), strict=True))
     except Abort as error:
         raise SystemExit(f"the documentation could not be built: {error}") from None
+
+
+def finish(site: Path) -> None:
+    "Formulas as MathML, and the search's helper from this site instead of the network."
     (site / "assets" / "frame.js").write_text(FRAME, encoding="utf-8")
+    formula = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.+?)\\[)\]]</\1>',
+                         flags=re.DOTALL)
+    def mathml(found):
+        tex = html.unescape(found[2]).strip()
+        for name in ("max", "min"): tex = tex.replace(rf"\arg\{name}", rf"\operatorname{{arg{name}}}")
+        if found[1] == "span": return convert(tex, display="inline")
+        # signs in its longest line: a wide formula is set smaller, so that it is seen whole
+        wide = max(len(re.sub(r"\\[a-z]+", "x", line)) for line in tex.split(r"\\"))
+        smaller = f' style="font-size:{max(0.6, 72 / wide):.2f}em"' if wide > 72 else ""
+        return f"<div{smaller}>{convert(tex, display='block')}</div>"
     for path in [*site.rglob("*.html"), *site.rglob("search_index.js*")]:
         text = path.read_text(encoding="utf-8")
-        kept = 0 if path.suffix == ".html" else 1   # the search finds a formula by its TeX
-        made = re.sub(r"formula\d{4}x", lambda m: formulas[m[0]][0] if not kept
-                      else json.dumps(html.escape(formulas[m[0]][1]))[1:-1], text)
-        made = made.replace("https://unpkg.com/iframe-worker/shim",
-                            Path(os.path.relpath(site / "assets/frame.js", path.parent)).as_posix())
+        made = formula.sub(mathml, text) if path.suffix == ".html" else text
+        helper = Path(os.path.relpath(site / "assets/frame.js", path.parent)).as_posix()
+        made = made.replace("https://unpkg.com/iframe-worker/shim", helper)
         if made != text: path.write_text(made, encoding="utf-8")
 
 

@@ -1,6 +1,7 @@
 """README.md from nbs/index.ipynb: hidden cells dropped, text outputs as code. `--check` only says
 whether they are in step."""
 import json
+import re
 import sys
 from configparser import ConfigParser
 from pathlib import Path
@@ -32,7 +33,9 @@ def render() -> str:
             elif text: parts.append(f"```text\n{''.join(text).rstrip()}\n```")
     text = "\n\n".join(parts) + "\n"
     for key, value in address().items(): text = text.replace("{" + key + "}", value)
-    return "<!-- written by tools/readme.py from nbs/index.ipynb; edit that -->\n" + text.replace("](images/", "](nbs/images/")
+    first = "<!-- written by tools/readme.py from nbs/index.ipynb; edit that -->\n"
+    # the notebook's own links are seen from nbs/, those of the README from the root
+    return first + re.sub(r"\]\((?=(?:images|guides|models)/)", "](nbs/", text)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ from ..data.tokenizers import PATTERN, Tokenizer, train_bpe
 from ..decoding.engine import Engine
 from .benchmarks import (Benchmark, Row, compare, decode_greedily, measure,
                                               side_by_side, training_step)
-from ..models.llama2c import export_llama
+from ..models.importing import export_llama
 from ..trainers.callbacks import Callback
 from ..trainers.optimizers import build_optimizer, learning_rate_at
 from ..trainers.trainer import Trainer, seed_everything

@@ -12,10 +12,9 @@ import sys
 from functools import partial
 from typing import Annotated, ClassVar
 
-from pydantic import create_model
 from transformers import PreTrainedConfig
 
-from ..configs import ConfigError, Settings, nearest, setting, settings_fields
+from ..configs import ConfigError, Settings, nearest, setting, settings_class, settings_fields
 
 # %% ../../nbs/models/config.ipynb #d3f448ac
 _HUB_NAMES = {f.name for f in dataclasses.fields(PreTrainedConfig)} | {
@@ -54,8 +53,7 @@ class ModelConfig(PreTrainedConfig):
     def __init_subclass__(cls, **kwargs):
         cls.list_defaults = {**cls.list_defaults, **_lists_by_factory(cls)}
         super().__init_subclass__(**kwargs)   # makes the subclass a dataclass
-        cls.settings = create_model(cls.__name__, __base__=Settings, __doc__=cls.__doc__,
-                                    **_setting_fields(cls))
+        cls.settings = settings_class(cls.__name__, _setting_fields(cls), cls.__doc__)
         store, known = cls.__init__, cls.settings.model_fields
         own = set(cls.__dataclass_fields__)   # what the models write themselves is no setting
 

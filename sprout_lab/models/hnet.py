@@ -16,14 +16,13 @@ from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-from pydantic import BeforeValidator
 from torch import nn
 from transformers import AutoModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
-from ..configs import ConfigError, setting
+from ..configs import BeforeValidator, ConfigError, setting
 from ..kernels.scan import dechunk_scan
 from .causal import CausalGenerationMixin, kept_positions, next_token_loss
 from .hgrn import (BitMLP, HGRNBitBlock, TernaryConfig, TernaryPreTrainedModel,
@@ -510,11 +509,11 @@ def step_inside(inner, kept, active_rows, batch_size: int, cache: RecurrentCache
                 hidden_states: list | None = None):
     """The `inner` stage's step on `kept (active, 1, D)`, these rows of a batch, with the part of
     the `cache` that is theirs. What comes back, and `hidden_states`, is of the active rows."""
-    if len(active_rows) == batch_size: return inner.step(kept, cache, hidden_states)
+    if len(active_rows) == batch_size: return inner(kept, RaggedBatch(), cache, hidden_states)
     if not len(active_rows): return kept, nothing_inside(inner, kept, hidden_states)
     layer_idxs = inner.layer_idxs()
     part = take_rows(cache, layer_idxs, active_rows)
-    result = inner.step(kept, part, hidden_states)
+    result = inner(kept, RaggedBatch(), part, hidden_states)
     put_rows(cache, part, layer_idxs, active_rows, batch_size)
     return result
 
@@ -525,6 +524,8 @@ class HNetStage(StageLayers):
     each block's output, over these positions, too."""
 
     def forward(self, x, batch: RaggedBatch, cache=None, hidden_states: list | None = None):
+        one_step = cache is not None and x.shape[1] == 1 and batch.is_plain
+        if one_step: return self.step(x, cache, hidden_states)
         outer_width, x = x.shape[-1], self.widened(x)
         if self.innermost: return self.blocks(x, batch, cache, hidden_states)[..., :outer_width], []
         routing_state, dechunk_state = self.states(cache)
@@ -644,9 +645,7 @@ class HNetBitModel(HNetBitPreTrainedModel):
         limit = self.config.max_position_embeddings
         x, batch = align_inputs(x, attention_mask, position_ids, cu_seqlens, past, limit)
         states = [x] if output_hidden_states else None
-        if cache is not None and x.shape[1] == 1 and batch.is_plain:
-            x, boundaries = self.backbone.step(x, cache, states)
-        else: x, boundaries = self.backbone(x, batch, cache, states)
+        x, boundaries = self.backbone(x, batch, cache, states)                # (batch, length, D)
         if cache is not None: cache.tokens += x.shape[1]
         if states is not None: states = tuple(unalign(h, batch) for h in (*states, x))
         output = HNetBitModelOutput(

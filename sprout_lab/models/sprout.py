@@ -21,14 +21,13 @@ from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import BeforeValidator
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
-from ..configs import ALIASES, ConfigError, nearest, read_preset, setting
+from ..configs import BeforeValidator, ALIASES, ConfigError, nearest, read_preset, setting
 from ..kernels.elementwise import rotary
 from .cache import KeyValueCache, KeyValueLayer, fork_rows
 from .causal import CausalGenerationMixin, check_cache, kept_positions

@@ -18,7 +18,7 @@ from typing import Annotated, Literal
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -30,6 +30,7 @@ from ..kernels.elementwise import rms_norm, rotary, rotary_reference, swiglu
 from .cache import KeyValueCache, KeyValueLayer
 from .causal import CausalGenerationMixin, kept_positions, next_token_loss
 from .config import LanguageModelConfig
+from .hub import ModelCardMixin
 
 # %% ../../nbs/models/transformer.ipynb #491c0d06
 class TransformerShape(LanguageModelConfig):
@@ -57,7 +58,7 @@ class TransformerShape(LanguageModelConfig):
         "Added to the mean square in RMSNorm (to the variance in LayerNorm).",
         gt=0, le=1, log=True)] = 1e-5
 
-# %% ../../nbs/models/transformer.ipynb #d8a08e05
+# %% ../../nbs/models/transformer.ipynb #c53f6597
 class TransformerSwitches(LanguageModelConfig):
     """Which of its forms each part of a Transformer has; a `TransformerConfig` has these and
     the sizes."""
@@ -88,7 +89,7 @@ class TransformerSwitches(LanguageModelConfig):
     use_cache: Annotated[bool, setting(
         "Return a key-value cache from a forward pass without labels.")] = True
 
-# %% ../../nbs/models/transformer.ipynb #d1668d19
+# %% ../../nbs/models/transformer.ipynb #397d3df8
 def default_ff_size(hidden_size: int) -> int:
     """8/3 of `hidden_size`, rounded up to a multiple of 64: three matrices of this width hold
     what two of 4·`hidden_size` would."""
@@ -108,7 +109,7 @@ def check_heads(config) -> None:
             f"hidden_size={width} over num_attention_heads={heads} gives heads of "
             f"{config.head_dim} channels; rotary positions need an even number, or position=none")
 
-# %% ../../nbs/models/transformer.ipynb #808fc811
+# %% ../../nbs/models/transformer.ipynb #c889e4a2
 class TransformerConfig(TransformerShape, TransformerSwitches):
     """Shape and switches of the Transformer. The ablation switches are `norm`, `position`,
     `activation`, `qk_norm`, `num_key_value_heads` and `tie_word_embeddings`."""
@@ -177,7 +178,7 @@ class RMSNorm(nn.Module):
 
     def extra_repr(self): return f"{self.weight.shape[0]}, eps={self.eps}"
 
-# %% ../../nbs/models/transformer.ipynb #9bbf2f58
+# %% ../../nbs/models/transformer.ipynb #adc857da
 class LayerNorm(nn.LayerNorm):
     """Layer norm over the last dimension, `(..., d_model)` → same shape; for weights of older
     models."""
@@ -206,7 +207,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x): return self.w2(swiglu(self.w1(x), self.w3(x)))   # (..., D) → F → D
 
-# %% ../../nbs/models/transformer.ipynb #57bbb592
+# %% ../../nbs/models/transformer.ipynb #c81386f4
 class SiLUFeedForward(nn.Module):
     """Feed-forward network without a gate, `w2(silu(w1 x))`. Its width is 3/2·`d_ff`, so that
     it has the parameters of a `SwiGLU(d_model, d_ff)`."""
@@ -268,7 +269,7 @@ class RotaryPositionalEmbedding(nn.Module):
         pairs = ", half" if self.half else ""
         return f"theta={self.theta:g}, d_k={self.d_k}, max_seq_len={self.max_seq_len}{pairs}"
 
-# %% ../../nbs/models/transformer.ipynb #714db6d6
+# %% ../../nbs/models/transformer.ipynb #c9b82201
 def rotary_table(rope: RotaryPositionalEmbedding, like: torch.Tensor) -> tuple:
     """The cosines and sines of all positions, `(max_seq_len, d_k/2)`; kept per device and
     precision."""
@@ -354,7 +355,7 @@ class MultiHeadSelfAttention(nn.Module):
         mixed = attend_to_past(self, x.reshape(-1, *x.shape[-2:]), token_positions, **context)
         return self.o_proj(mixed).view(x.shape)
 
-# %% ../../nbs/models/transformer.ipynb #aca80cf1
+# %% ../../nbs/models/transformer.ipynb #f7bfefe4
 def attend_to_past(attention: MultiHeadSelfAttention, x, token_positions=None, *, cos_sin=None,
                    mask=None, causal: bool = True, past_key_values: Cache | None = None,
                    weights: list | None = None):
@@ -416,7 +417,7 @@ class TransformerBlock(GradientCheckpointingLayer):
             if self.norm == "post": x = norm(x)
         return x
 
-# %% ../../nbs/models/transformer.ipynb #69e9082b
+# %% ../../nbs/models/transformer.ipynb #fecf79fd
 def check_columns(attention_mask, past: int, length: int) -> None:
     "Refuse an `attention_mask` that does not cover the past and the new tokens."
     if attention_mask.shape[1] == past + length: return
@@ -434,7 +435,7 @@ def check_length(position_ids, columns: int, limit: int) -> None:
                           f"max_position_embeddings={limit}; shorten the text or build a model "
                           "with a larger limit")
 
-# %% ../../nbs/models/transformer.ipynb #9db06de8
+# %% ../../nbs/models/transformer.ipynb #04cb72fb
 def attention_pattern(attention_mask, position_ids, length: int, past: int, device):
     """(mask, causal, positions) for `length` new columns after `past`, from `attention_mask
     (batch, past+length)`, 1 for real tokens. The mask is boolean `(batch or 1, 1, queries,
@@ -460,7 +461,7 @@ def attention_pattern(attention_mask, position_ids, length: int, past: int, devi
     return order, False, position_ids
 
 # %% ../../nbs/models/transformer.ipynb #8d2166b2
-class TransformerPreTrainedModel(PreTrainedModel):
+class TransformerPreTrainedModel(ModelCardMixin, PreTrainedModel):
     "What the two models share: how weights start, and what Hugging Face needs to know."
     config_class = TransformerConfig
     base_model_prefix = "model"
@@ -488,7 +489,7 @@ class TransformerPreTrainedModel(PreTrainedModel):
             init.ones_(module.weight)
             if getattr(module, "bias", None) is not None: init.zeros_(module.bias)
 
-# %% ../../nbs/models/transformer.ipynb #0f7f206c
+# %% ../../nbs/models/transformer.ipynb #fbdce1b4
 class TransformerModel(TransformerPreTrainedModel):
     "Token ids to hidden states: embedding, blocks, and with pre-norm a last norm."
 
@@ -547,7 +548,7 @@ class TransformerModel(TransformerPreTrainedModel):
         output = x, cache, *seen
         return BaseModelOutputWithPast(*output) if return_dict in (None, True) else output
 
-# %% ../../nbs/models/transformer.ipynb #094372cf
+# %% ../../nbs/models/transformer.ipynb #65040abb
 def new_block(config: TransformerConfig, rope, layer_idx: int) -> TransformerBlock:
     "A block of the shape that `config` says."
     block = TransformerBlock(
@@ -576,7 +577,7 @@ def add_positions(model, x, position_ids, past: int):
     columns = torch.arange(past, past + x.shape[1], device=x.device)
     return x + model.embed_positions(columns if position_ids is None else position_ids)
 
-# %% ../../nbs/models/transformer.ipynb #4ad07ab3
+# %% ../../nbs/models/transformer.ipynb #a096d4af
 def bias_where_faster(model, x, mask, past: int, wanted: bool):
     """The additive form of a boolean `mask` where attention is to be spelled out: the weights are
     `wanted`, or it is asked for by `attn_implementation`, or it is faster (see `attend`)."""
@@ -606,7 +607,7 @@ def run_blocks(model, x, cache, context: dict, output_hidden_states=False,
         if states is not None: states[-1] = x
     return x, *(None if seen is None else tuple(seen) for seen in (states, weights))
 
-# %% ../../nbs/models/transformer.ipynb #b36bbc3f
+# %% ../../nbs/models/transformer.ipynb #0d887c5a
 def untouched(module, kind: type) -> bool:
     "Whether a module does just what its class says: no subclass, no hook, no replaced forward."
     if type(module) is not kind or "forward" in module.__dict__: return False
@@ -618,7 +619,7 @@ def plain_weight(module, kind: type):
     weight = module._parameters.get("weight")
     return weight if type(weight) is nn.Parameter and weight.dtype == torch.float32 else None
 
-# %% ../../nbs/models/transformer.ipynb #dc3a1eb6
+# %% ../../nbs/models/transformer.ipynb #09669a5c
 def decode_layer(block, layer: KeyValueLayer) -> DecodeLayer | None:
     """What the decoding kernel needs of a block and of its layer of the cache, or none where
     something stands in its way. Through the dictionaries: attributes of modules are slow."""
@@ -639,7 +640,7 @@ def decode_layer(block, layer: KeyValueLayer) -> DecodeLayer | None:
             weights.append(weight)
     return DecodeLayer(*weights, layer.keys, layer.values) if layer.reserve(1) else None
 
-# %% ../../nbs/models/transformer.ipynb #2aeb0875
+# %% ../../nbs/models/transformer.ipynb #733414b8
 def decode_blocks(model: TransformerModel, x, cache, context: dict):
     """The blocks and the last norm for one new token per row, `x (batch, 1, D)` → same shape,
     by the decoding kernel; none where it cannot be used. `context` as for the blocks."""
@@ -668,6 +669,7 @@ def decode_blocks(model: TransformerModel, x, cache, context: dict):
 class TransformerForCausalLM(TransformerPreTrainedModel, CausalGenerationMixin):
     """The Transformer with its language-model head: token ids to next-token logits, loss, and
     generation."""
+    base_model_class = TransformerModel   # what AutoModel gives
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     parallel_plan = dict(blocks="model.layers", row=("self_attn.o_proj", "mlp.w2"),
                          column=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.w1", "mlp.w3"),
@@ -700,9 +702,6 @@ class TransformerForCausalLM(TransformerPreTrainedModel, CausalGenerationMixin):
         loss = next_token_loss(logits, labels, shift_labels, kwargs.get("num_items_in_batch"))
         output = CausalLMOutputWithPast(loss, logits, past_key_values, hidden_states, attentions)
         return output if return_dict in (None, True) else output.to_tuple()
-
-# %% ../../nbs/models/transformer.ipynb #626b31c3
-AutoModel.register(TransformerConfig, TransformerModel, exist_ok=True)
 
 # %% ../../nbs/models/transformer.ipynb #a6544c5d
 class BasicTransformerLM(nn.Module):
