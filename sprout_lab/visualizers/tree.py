@@ -50,7 +50,7 @@ def _children(parents: list[int]) -> list[list[int]]:
     raise ConfigError(f"parents={parents}: the parent of every node is needed, -1 for the root and "
                       "an earlier node for each other, as in [-1, 0, 0, 1]")
 
-# %% ../../nbs/visualizers/tree.ipynb #5cfcd055
+# %% ../../nbs/visualizers/tree.ipynb #1ae1a147
 EDGE = "#B8B8B8"   # what is not marked
 
 def _draw_edges(ax, parents, positions, share, highlight) -> None:
@@ -101,7 +101,7 @@ def plot_tree(parents: list[int], usage=None, names=None, highlight=(), title: s
     if title: ax.set_title(title, fontsize=11, loc="left")
     return ax.figure
 
-# %% ../../nbs/visualizers/tree.ipynb #9b1e03ed
+# %% ../../nbs/visualizers/tree.ipynb #eea3ab81
 def growth_frames(log: dict) -> list[dict]:
     """Frames from a run's logs/tree_log.csv as `read_log` gives it: one per row, `usage` being
     what came since the row before."""
@@ -150,7 +150,7 @@ def _same_scale(axes, frames) -> None:
         ax.set_xlim(root - half - 0.55, root + half + 0.95)
         ax.set_ylim(-deep - 0.5, 0.5)
 
-# %% ../../nbs/visualizers/tree.ipynb #2591a27e
+# %% ../../nbs/visualizers/tree.ipynb #0b105694
 def _images(frames: list[dict]) -> list[bytes]:
     "All frames as PNG of one size and scale."
     figures = []
@@ -198,7 +198,7 @@ def growth_html(frames: list[dict], title: str = "A growing tree") -> str:
         "title": html.escape(title), "pictures": json.dumps(pictures), "last": len(frames) - 1,
         "steps": json.dumps([frame["step"] for frame in frames])}
 
-# %% ../../nbs/visualizers/tree.ipynb #2f6e47a9
+# %% ../../nbs/visualizers/tree.ipynb #03fbd6f7
 def growth_gif(frames: list[dict], path, milliseconds: int = 700) -> None:
     "Write the growth as an animated GIF that stays a while on its last frame."
     from PIL import Image   # comes with matplotlib
@@ -208,7 +208,7 @@ def growth_gif(frames: list[dict], path, milliseconds: int = 700) -> None:
     duration = [milliseconds] * (len(pictures) - 1) + [4 * milliseconds]
     pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=duration, loop=0)
 
-# %% ../../nbs/visualizers/tree.ipynb #a05fc5f3
+# %% ../../nbs/visualizers/tree.ipynb #5cf6c864
 def _heat_map(ax, table: np.ndarray, label: str) -> None:
     "`table [rows, columns]` of shares from 0 to 1 as colours, with a colour bar; NaN stays blank."
     import_seaborn().heatmap(table, mask=np.isnan(table), ax=ax, cmap=SEQUENTIAL, vmin=0, vmax=1,
@@ -242,8 +242,7 @@ def plot_compatibility(compatibilities: dict, num_texts: int, parents: list[int]
     width = 2.2 + 0.7 * len(columns) + (2.5 if names is not None else 0)
     figure, ax = new_figure(width, 1.2 + 0.3 * num_texts, style=style)
     _heat_map(ax, table, "compatibility (dot: chosen)")
-    ax.plot(*zip(*chosen), "o", color="white", markeredgecolor="black", markersize=5,
-            linestyle="none")
+    ax.scatter(*zip(*chosen), s=25, facecolor="white", edgecolor="black", linewidth=1)
     rows = [str(i) for i in range(num_texts)]
     if names is not None: rows = [visible(str(name), blank=" ")[:44] for name in names]
     _name_cells(ax, [f"node {child}\n(depth {depths[child]})" for child in columns], rows)
