@@ -68,7 +68,7 @@ EVERY_FIGURE = {
     "compatibility": lambda: plot_compatibility({0: ([1, 2], [0], [[0.9, 0.3]])}, 1, [-1, 0, 0]),
     "destinations": lambda: plot_destinations([[0, 0], [1, 2]], ["a", "b"]),
 }
-ON_COLOR = ("tree", "growth")   # their numbers stand on coloured nodes, not on the paper
+ON_COLOR = ("tree", "growth", "destinations")   # their numbers stand on colours, not on paper
 
 
 @pytest.mark.parametrize("name", EVERY_FIGURE)

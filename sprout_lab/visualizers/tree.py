@@ -16,6 +16,7 @@ import math
 import numpy as np
 from matplotlib.collections import LineCollection
 from matplotlib.patches import Circle
+from matplotlib.patheffects import withStroke
 
 from ..configs import ConfigError
 from .style import (
@@ -50,8 +51,14 @@ def _children(parents: list[int]) -> list[list[int]]:
     raise ConfigError(f"parents={parents}: the parent of every node is needed, -1 for the root and "
                       "an earlier node for each other, as in [-1, 0, 0, 1]")
 
-# %% ../../nbs/visualizers/tree.ipynb #1ae1a147
+# %% ../../nbs/visualizers/tree.ipynb #e735d2a0
 EDGE = "#B8B8B8"   # what is not marked
+
+def _write_on_color(ax, x: float, y: float, words: str, **look) -> None:
+    "Bright letters with a dark edge, which can be read on every colour, whatever the paper is."
+    edge = withStroke(linewidth=1.8, foreground="#3A3A3A")
+    ax.text(x, y, words, color="#FEFEFE", weight="bold", ha="center", va="center",
+            path_effects=[edge], **look)
 
 def _draw_edges(ax, parents, positions, share, highlight) -> None:
     nodes = range(1, len(parents))
@@ -64,11 +71,10 @@ def _draw_node(ax, number: int, position, share: float, marked: bool, words: lis
     "A circle of area `share` with the node's number in it, and `words` beside it."
     x, y = position
     radius, color = 0.12 + 0.2 * math.sqrt(share), PALETTE[int(-y) % len(PALETTE)]
-    inside, number_color = (color, "white") if share > 0 else ("white", color)
-    ax.add_patch(Circle((x, y), radius, facecolor=inside, edgecolor="black" if marked else color,
-                        linewidth=2.5 if marked else 1.2, zorder=2))
-    ax.text(x, y, str(number), ha="center", va="center", fontsize=9, color=number_color,
-            weight="bold", zorder=3)
+    ax.add_patch(Circle((x, y), radius, facecolor=color if share > 0 else "white", zorder=2,
+                        edgecolor="black" if marked else color, linewidth=2.5 if marked else 1.2))
+    if share > 0: _write_on_color(ax, x, y, str(number), fontsize=9, zorder=3)
+    else: ax.text(x, y, str(number), color=color, ha="center", va="center", fontsize=9, zorder=3)
     if not words: return
     ax.text(x + radius + 0.05, y, "\n".join(words), ha="left", va="center", fontsize=8, zorder=3)
 
@@ -101,7 +107,7 @@ def plot_tree(parents: list[int], usage=None, names=None, highlight=(), title: s
     if title: ax.set_title(title, fontsize=11, loc="left")
     return ax.figure
 
-# %% ../../nbs/visualizers/tree.ipynb #eea3ab81
+# %% ../../nbs/visualizers/tree.ipynb #b58f98ce
 def growth_frames(log: dict) -> list[dict]:
     """Frames from a run's logs/tree_log.csv as `read_log` gives it: one per row, `usage` being
     what came since the row before."""
@@ -150,7 +156,7 @@ def _same_scale(axes, frames) -> None:
         ax.set_xlim(root - half - 0.55, root + half + 0.95)
         ax.set_ylim(-deep - 0.5, 0.5)
 
-# %% ../../nbs/visualizers/tree.ipynb #0b105694
+# %% ../../nbs/visualizers/tree.ipynb #38a263ce
 def _images(frames: list[dict]) -> list[bytes]:
     "All frames as PNG of one size and scale."
     figures = []
@@ -188,7 +194,7 @@ get("play").onclick = () => {
   get("play").textContent = "stop";
   timer = setInterval(() => show((+get("slider").value + 1) %% pictures.length), 700);
 };
-show(0); })();</script>"""
+show(pictures.length - 1); })();</script>"""
 
 def growth_html(frames: list[dict], title: str = "A growing tree") -> str:
     "A page that replays the growth: the frames as pictures inside it, a slider, a play button."
@@ -198,7 +204,7 @@ def growth_html(frames: list[dict], title: str = "A growing tree") -> str:
         "title": html.escape(title), "pictures": json.dumps(pictures), "last": len(frames) - 1,
         "steps": json.dumps([frame["step"] for frame in frames])}
 
-# %% ../../nbs/visualizers/tree.ipynb #03fbd6f7
+# %% ../../nbs/visualizers/tree.ipynb #981445ec
 def growth_gif(frames: list[dict], path, milliseconds: int = 700) -> None:
     "Write the growth as an animated GIF that stays a while on its last frame."
     from PIL import Image   # comes with matplotlib
@@ -208,7 +214,7 @@ def growth_gif(frames: list[dict], path, milliseconds: int = 700) -> None:
     duration = [milliseconds] * (len(pictures) - 1) + [4 * milliseconds]
     pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=duration, loop=0)
 
-# %% ../../nbs/visualizers/tree.ipynb #5cf6c864
+# %% ../../nbs/visualizers/tree.ipynb #ad2d49ae
 def _heat_map(ax, table: np.ndarray, label: str) -> None:
     "`table [rows, columns]` of shares from 0 to 1 as colours, with a colour bar; NaN stays blank."
     import_seaborn().heatmap(table, mask=np.isnan(table), ax=ax, cmap=SEQUENTIAL, vmin=0, vmax=1,
@@ -269,8 +275,7 @@ def plot_destinations(paths, kinds, names=None, title: str | None = None,
     figure, ax = new_figure(2.6 + 0.9 * len(leaves), 1.3 + 0.38 * len(rows), style=style)
     _heat_map(ax, shares, "share of the kind")
     for (row, column), share in np.ndenumerate(shares):
-        ax.text(column + 0.5, row + 0.5, f"{share:.0%}", ha="center", va="center", fontsize=8,
-                bbox=dict(boxstyle="round,pad=0.2", facecolor="white", edgecolor="none"))
+        _write_on_color(ax, column + 0.5, row + 0.5, f"{share:.0%}", fontsize=8)
     columns = [f"node {leaf}" if names is None else str(names[leaf]) for leaf in leaves]
     labels = [f"{visible(row, blank=' ')[:28]} ({kinds.count(row)})" for row in rows]
     _name_cells(ax, columns, labels)
