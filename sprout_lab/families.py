@@ -202,9 +202,11 @@ def configure(family: str | None, flags: dict | None = None, *, config: str | No
     presets = _named_presets(preset, size, content)
     run = resolve(entry.name, entry.config_class, flags=flags, config=config, presets=presets,
                   content=content)
-    entry.model_class(run.objective)
+    model_class = entry.model_class(run.objective)
     objective_for(run).settle(run)
-    entry.config_class(**run.model)   # impossible combinations are found before any work is done
+    # impossible combinations are found before any work is done, also those of this objective alone
+    model_config = entry.config_class(**run.model)
+    if hasattr(model_class, "check_config"): model_class.check_config(model_config)
     return run
 
 def objective_for(run: RunConfig) -> Objective:

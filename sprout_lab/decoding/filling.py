@@ -18,7 +18,9 @@ from ..data.masking import MaskingRules, mask_tokens
 # %% ../../nbs/decoding/filling.ipynb #662bdc15
 @dataclass
 class Filling:
-    "A text whose gaps were filled. `pieces`: (text, whether it is a guess) in order; `alternatives`: for each gap, in order, (text, probability) of the likeliest tokens when it was filled."
+    """A text whose gaps were filled. `pieces`: (text, whether it is a guess) in order;
+    `alternatives`: for each gap, in order, (text, probability) of the likeliest tokens when it was
+    filled."""
     pieces: list[tuple[str, bool]]
     alternatives: list[list[tuple[str, float]]]
 
@@ -32,50 +34,81 @@ class Filling:
 
     def __str__(self) -> str: return self.text
 
-@torch.no_grad()
-def fill_masks(model, tokenizer, text, *, temperature: float = 0.0, alternatives: int = 5, seed: int | None = None) -> Filling:
-    """Fill every `[MASK]` (or the tokenizer's own mask token) of `text`, which may also be token ids with mask ids among them. `temperature`: 0 takes the
-    likeliest token, above it one is drawn with `seed`. One forward pass per gap. A text without a gap, or longer than the model sees, is a `ConfigError`."""
-    rules = MaskingRules(tokenizer)
-    if getattr(model, "can_generate", bool)(): raise ConfigError(f"{type(model).__name__} says what comes next and fills no gaps; a masked model is needed")
-    if not (math.isfinite(temperature) and (temperature == 0 or temperature >= 1e-3)): raise ConfigError(f"temperature={temperature}: 0 (always the likeliest) or a number from 0.001 is needed")
+# %% ../../nbs/decoding/filling.ipynb #b0488674
+def _check_request(model, rules: MaskingRules, ids, temperature: float, alternatives: int) -> None:
+    "Refuse in one line what cannot be filled."
+    if getattr(model, "can_generate", bool)():
+        raise ConfigError(f"{type(model).__name__} says what comes next and fills no gaps; "
+                          "a masked model is needed")
+    if not (temperature == 0 or (math.isfinite(temperature) and temperature >= 1e-3)):
+        raise ConfigError(f"temperature={temperature}: 0 (always the likeliest) or a number from "
+                          "0.001 is needed")
     if alternatives < 1: raise ConfigError(f"alternatives={alternatives}: at least 1 is needed")
-    if isinstance(text, str): text = tokenizer.encode(text.replace("[MASK]", tokenizer.mask_token), add_special_tokens=False)
-    ids = torch.as_tensor(np.asarray(text, dtype=np.int64))
-    gaps = (ids == rules.mask_id).nonzero().flatten().tolist()
+    if rules.mask_id not in ids:
+        raise ConfigError("there is nothing to fill: a masked model fills gaps, so write [MASK] "
+                          "where a token is missing, as in 'To be, or [MASK]ot to be'")
     longest = getattr(model.config, "max_position_embeddings", None)
-    if not gaps: raise ConfigError("there is nothing to fill: a masked model fills gaps, so write [MASK] where a token is missing, as in 'To be, or [MASK]ot to be'")
-    if longest and len(ids) > longest: raise ConfigError(f"the text has {len(ids)} tokens and the model sees {longest}; shorten it")
-    generator = torch.Generator().manual_seed(seed) if seed is not None else None
-    device, training, open_gaps, guesses = next(model.parameters()).device, model.training, list(gaps), {}
-    hidden = torch.from_numpy(rules.special)
-    model.eval()
-    try:
-        while open_gaps:
-            logits = model(input_ids=ids[None].to(device)).logits[0, open_gaps].float().cpu()[:, :len(hidden)].masked_fill(hidden, -torch.inf)
-            sure = logits.softmax(-1)
-            row = int(sure.amax(-1).argmax())
-            place = open_gaps.pop(row)
-            top = sure[row].topk(min(alternatives, len(rules.ordinary)))
-            guesses[place] = [(tokenizer.decode([i]), p) for p, i in zip(top.values.tolist(), top.indices.tolist())]
-            ids[place] = int(top.indices[0]) if temperature == 0 else int(torch.multinomial((logits[row] / temperature).softmax(-1), 1, generator=generator))
-    finally: model.train(training)
-    return Filling(_pieces(tokenizer, ids.tolist(), set(gaps)), [guesses[place] for place in gaps])
+    if longest and len(ids) > longest:
+        raise ConfigError(f"the text has {len(ids)} tokens and the model sees {longest}; shorten it")
 
 def _pieces(tokenizer, ids: list[int], gaps: set[int]) -> list[tuple[str, bool]]:
-    "Stretches of guessed and of given tokens; a character that spans two of them is decoded as far as it goes."
+    """Stretches of guessed and of given tokens; a character that spans two of them is decoded as
+    far as it goes."""
     pieces, whole = [], ""
-    starts = [i for i in range(len(ids)) if i == 0 or (i in gaps) != (i - 1 in gaps)] + [len(ids)]
-    for start, end in zip(starts, starts[1:]):
-        longer = tokenizer.decode(ids[:end])   # decoded from the beginning, so that blanks between words stay
+    starts = [i for i in range(len(ids)) if i == 0 or (i in gaps) != (i - 1 in gaps)]
+    for start, end in zip(starts, [*starts[1:], len(ids)]):
+        longer = tokenizer.decode(ids[:end])   # from the beginning, so that blanks stay
         pieces.append((longer[len(whole):], start in gaps))
         whole = longer
     return pieces
 
+# %% ../../nbs/decoding/filling.ipynb #418f6504
+@torch.no_grad()
+def fill_masks(model, tokenizer, text, *, temperature: float = 0.0, alternatives: int = 5,
+               seed: int | None = None) -> Filling:
+    """Fill every `[MASK]` (or the tokenizer's own mask token) of `text`, which may also be token
+    ids with mask ids among them. `temperature`: 0 takes the likeliest token, above it one is drawn
+    with `seed`. One forward pass per gap. A text without a gap, or longer than the model sees, is
+    a `ConfigError`."""
+    rules = MaskingRules(tokenizer)
+    if isinstance(text, str):
+        text = text.replace("[MASK]", tokenizer.mask_token)
+        text = tokenizer.encode(text, add_special_tokens=False)
+    ids = torch.as_tensor(np.asarray(text, dtype=np.int64))
+    _check_request(model, rules, ids.tolist(), temperature, alternatives)
+    gaps = (ids == rules.mask_id).nonzero().flatten().tolist()
+    generator = torch.Generator().manual_seed(seed) if seed is not None else None
+    device, training = next(model.parameters()).device, model.training
+    special = torch.from_numpy(rules.special)   # never a guess
+    open_gaps, guesses = list(gaps), {}
+    model.eval()
+    try:
+        while open_gaps:
+            logits = model(input_ids=ids[None].to(device)).logits[0, open_gaps].float().cpu()
+            # (gaps, vocab_size)
+            logits = logits[:, :len(special)].masked_fill(special, -torch.inf)
+            probabilities = logits.softmax(-1)
+            surest = int(probabilities.amax(-1).argmax())
+            top = probabilities[surest].topk(min(alternatives, len(rules.ordinary)))
+            token = int(top.indices[0])
+            if temperature > 0:
+                drawn_from = (logits[surest] / temperature).softmax(-1)
+                token = int(torch.multinomial(drawn_from, 1, generator=generator))
+            position = open_gaps.pop(surest)
+            ids[position] = token
+            guesses[position] = [(tokenizer.decode([i]), p)
+                                 for p, i in zip(top.values.tolist(), top.indices.tolist())]
+    finally: model.train(training)
+    pieces = _pieces(tokenizer, ids.tolist(), set(gaps))
+    return Filling(pieces, [guesses[position] for position in gaps])
+
 # %% ../../nbs/decoding/filling.ipynb #0b78763f
-def fill_sample(model, tokenizer, ids, mask_prob: float = 0.15, whole_words: bool = False, seed: int = 0) -> Filling:
+def fill_sample(model, tokenizer, ids, mask_prob: float = 0.15, whole_words: bool = False,
+                seed: int = 0) -> Filling:
     "Hide some tokens of `ids [length]` (all of them as masks) and fill them again."
     rules, ids = MaskingRules(tokenizer), np.asarray(ids, dtype=np.int64)
-    targets = mask_tokens(ids[None], rules, np.random.default_rng(seed), mask_prob, whole_words)[1][0]
-    if (targets == -100).all(): targets[np.flatnonzero(~rules.special[ids])[:1]] = 0   # a short text may be left whole by chance
-    return fill_masks(model, tokenizer, np.where(targets == -100, ids, rules.mask_id))
+    random = np.random.default_rng(seed)
+    hidden = mask_tokens(ids[None], rules, random, mask_prob, whole_words)[1][0] != -100
+    if not hidden.any():   # a short text may be left whole by chance
+        hidden[np.flatnonzero(~rules.special[ids])[:1]] = True
+    return fill_masks(model, tokenizer, np.where(hidden, rules.mask_id, ids))

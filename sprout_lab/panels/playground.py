@@ -17,7 +17,7 @@ import ipywidgets as widgets
 from IPython.display import display
 
 from ..configs import ConfigError, settings_fields
-from ..data.masking import fills_gaps
+from ..objectives import objective_of
 from ..decoding.sampling import SamplingConfig, TextPiece, stream_text
 from ..families import load_model
 from .live import Throttle
@@ -83,7 +83,7 @@ class Playground:
         self.source, self.given_tokenizer, self.thread, self.pieces, self.begin = source, tokenizer, None, [], prompt
         self._asked, self.handling = threading.Event(), threading.RLock()
         if not (isinstance(source, Panel)): self.source, self.given_tokenizer = model_of(source, tokenizer)
-        if fills_gaps(getattr(self.source, "model", self.source)): raise ConfigError("the model fills gaps and does not continue a text; sprout_lab.decoding.filling.fill_masks fills the [MASK]s of one")
+        if not objective_of(getattr(self.source, "model", self.source)).continues_text: raise ConfigError("the model fills gaps and does not continue a text; sprout_lab.decoding.filling.fill_masks fills the [MASK]s of one")
         self.specs = {spec.name: spec for spec in settings_fields(SamplingConfig) if spec.name in _SHOWN}
         chosen = SamplingConfig(**{"max_tokens": 200, **settings})
         self.controls = {name: control_for(spec) for name, spec in self.specs.items()}

@@ -23,15 +23,21 @@ from ..visualizers.tree import growth_frames, growth_gif, growth_html, plot_tree
 
 # %% ../../nbs/panels/tree.ipynb #7344f9f7
 def frames_of(run) -> list[dict]:
-    "The moments of a run's tree, from its logs: dicts with `step`, `tree` (the parent of every node) and `usage`."
+    """The moments of a run's tree, from its logs: dicts with `step`, `tree` (the parent of every
+    node) and `usage`."""
     folder = Path(getattr(run, "folder", run))
-    if not folder.is_dir(): raise ConfigError(f"{folder}: no such run; the folder of a run of the family sprout is needed")
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: no such run; the folder of a run of the family sprout is "
+                          "needed")
     log = Run(folder).logs / "tree_log.csv"
-    if not log.exists(): raise ConfigError(f"{log.parent.parent}: has no logs/tree_log.csv; only a run of the family sprout writes one")
-    return growth_frames(read_log(log))
+    if log.exists(): return growth_frames(read_log(log))
+    raise ConfigError(f"{log.parent.parent}: has no logs/tree_log.csv; only a run of the family "
+                      "sprout writes one")
 
 def replay(run, html_file=None, gif_file=None) -> HTML:
-    "How the tree of a run (or of a run's folder) grew: a picture with a slider and a play button. `html_file`, `gif_file`: write it as a page of its own, and as an animated GIF."
+    """How the tree of a run (or of a run's folder) grew: a picture with a slider and a play
+    button, which begins with the last moment. `html_file`, `gif_file`: write it as a page of its
+    own, and as an animated GIF."""
     frames = frames_of(run)
     page = growth_html(frames)
     if html_file is not None: Path(html_file).write_text(page, encoding="utf-8")
@@ -39,61 +45,96 @@ def replay(run, html_file=None, gif_file=None) -> HTML:
     return HTML(page)
 
 # %% ../../nbs/panels/tree.ipynb #505715dd
-def plot_trace(found: dict, parents: list[int], title: str | None = None) -> Figure:
-    "The tree with the path of a text marked; beside each child that was compared, its compatibility. `found`: what `trace` returns; `parents`: the tree."
-    path = found["path"]
+def plot_trace(traced: dict, parents: list[int], title: str | None = None,
+               style: str = "light") -> Figure:
+    """The tree with the path of a text marked; beside each child that was compared, its
+    compatibility. `traced`: what `trace` returns; `parents`: the tree."""
+    path, nodes, look = traced["path"], range(len(parents)), dict(title=title, style=style)
     if path and isinstance(path[0], list):   # a path per token
-        counts = [sum(node in one for one in path) for node in range(len(parents))]
+        counts = [sum(node in one for one in path) for node in nodes]
         names = [f"{count} of {len(path)} tokens" if count else "" for count in counts]
-        return plot_tree(parents, counts, names=names, highlight={node for one in path for node in one}, title=title)
+        visited = {node for one in path for node in one}
+        return plot_tree(parents, counts, names=names, highlight=visited, **look)
     names = [""] * len(parents)
-    for children in found["compatibilities"].values():
-        for child, value in children.items(): names[child] = f"{value:.2f}"
-    return plot_tree(parents, [2.0 if node in path else 1.0 for node in range(len(parents))], names=names, highlight=set(path), title=title, counts=False)
+    for compatibility in traced["compatibilities"].values():
+        for child, value in compatibility.items(): names[child] = f"{value:.2f}"
+    usage = [2.0 if node in path else 1.0 for node in nodes]
+    return plot_tree(parents, usage, names=names, highlight=set(path), counts=False, **look)
+
+# %% ../../nbs/panels/tree.ipynb #4868c0a1
+def _as_page(figure: Figure) -> str:
+    "A figure in the page's own ink: as wide as it was drawn, or as there is room."
+    width = figure.get_size_inches()[0] * 96   # CSS has 96 pixels to an inch
+    return f'<div style="max-width:{width:.0f}px">{figure.svg()}</div>'
+
+def _in_words(path) -> str:
+    "A path, or how many there are."
+    if not isinstance(path[0], list): return " → ".join(f"node {node}" for node in path)
+    return f"{len({tuple(one) for one in path})} different paths for {len(path)} tokens"
+
+def _level_names(traced: dict) -> list[tuple[str, int]]:
+    "(name, level) of everything that has an attention to show."
+    path, levels = traced["path"], range(len(traced["attentions"]))
+    whole = not isinstance(path[0], list)
+    return [(f"node {path[level]}" if whole else f"level {level}", level) for level in levels]
+
+def _failed(error: ConfigError) -> str:
+    return f'<div style="color:#D55E00">{html.escape(str(error))}</div>'
+
+# %% ../../nbs/panels/tree.ipynb #e22913f9
+_NOTE = ('<div style="font-size:12px;opacity:.65">attention of the node at this level of the path'
+         "</div>")
 
 class Ask:
-    """A field for a text, the way it takes through a tree, and what one node's attention did. Made by `ask`; shows itself in a cell. `show(text)` asks from code,
-    `found` is the last answer (see `sprout_lab.models.sprout.trace`)."""
+    """A field for a text, the way it takes through a tree, and what one node's attention did. Made
+    by `ask`; shows itself in a cell. `show(text)` asks from code, `traced` is the last answer (see
+    `sprout_lab.models.sprout.trace`)."""
 
     def __init__(self, model, tokenizer, text: str):
-        if not hasattr(model, "tree"): raise ConfigError(f"{type(model).__name__} has no tree; a model of the family sprout is needed")
-        self.model, self.tokenizer, self.found = model, tokenizer, None
-        self.text = widgets.Text(value=text, continuous_update=False, layout=widgets.Layout(flex="1 1 auto", width="auto"))
-        self.level = widgets.Dropdown(options=[("root", 0)], layout=widgets.Layout(width="140px"))
-        self.message = widgets.HTML()
-        self.tree, self.attention = (widgets.Image(format="png", layout=widgets.Layout(max_width="100%", object_fit="contain")) for _ in range(2))
+        if not hasattr(model, "tree"):
+            raise ConfigError(f"{type(model).__name__} has no tree; a model of the family sprout is "
+                              "needed")
+        self.model, self.tokenizer, self.traced = model, tokenizer, None
+        wide, narrow = widgets.Layout(flex="1 1 auto", width="auto"), widgets.Layout(width="140px")
+        self.text = widgets.Text(value=text, continuous_update=False, layout=wide)
+        self.level = widgets.Dropdown(options=[("root", 0)], layout=narrow)
+        self.message, self.tree, self.attention = (widgets.HTML() for _ in range(3))
         self.text.observe(lambda _: self.show(self.text.value), "value")
         self.level.observe(lambda _: self._show_attention(), "value")
-        note = widgets.HTML('<div style="font-size:12px;opacity:.65">attention of the node at this level of the path</div>')
-        self.box = widgets.VBox([widgets.HBox([self.text, push_button("Ask", "search", lambda: self.show(self.text.value), "primary")]), self.message, self.tree, note, self.level, self.attention])
+        button = push_button("Ask", "search", lambda: self.show(self.text.value), "primary")
+        self.box = widgets.VBox([widgets.HBox([self.text, button]), self.message, self.tree,
+                                 widgets.HTML(_NOTE), self.level, self.attention])
         self.show(text)
 
     def _ipython_display_(self): display(self.box)
 
     def show(self, text: str) -> None:
-        "Ask where `text` went."
-        limit = self.model.config.max_position_embeddings
-        try:
-            if len(self.tokenizer.encode(text, add_special_tokens=False)) > limit: raise ConfigError(f"the text is longer than the {limit} tokens that the model sees; shorten it")
-            found = trace(self.model, self.tokenizer, text)
+        "Ask where `text` went. A mistake is a line in the panel; the last answer stays."
+        try: self.traced = self._trace(text)
         except ConfigError as error:
-            self.message.value = f'<div style="color:#D55E00">{html.escape(str(error))}</div>'
+            self.message.value = _failed(error)
             return
-        self.found = found
-        path, parents = found["path"], [node.parent for node in self.model.tree.nodes]
-        single = not isinstance(path[0], list)
-        self.message.value = f'<div>{html.escape(" → ".join(f"node {node}" for node in path) if single else f"{len({tuple(one) for one in path})} different paths for {len(path)} tokens")}</div>'
-        self.tree.value = plot_trace(found, parents).png()
-        chosen = self.level.value
-        self.level.options = [(f"node {path[depth]}" if single else f"level {depth}", depth) for depth in range(len(found["attentions"]))]
-        self.level.value = min(chosen or 0, len(found["attentions"]) - 1)
+        self.message.value = f"<div>{_in_words(self.traced['path'])}</div>"
+        self.tree.value = _as_page(plot_trace(self.traced, self.model.tree.parents))
+        names, chosen = _level_names(self.traced), self.level.value or 0
+        self.level.options = names
+        self.level.value = min(chosen, len(names) - 1)
         self._show_attention()
 
-    def _show_attention(self) -> None:
-        if self.found is None or self.level.value is None: return
-        seen = self.found["attentions"][self.level.value]
-        self.attention.value = plot_attention(seen.mean(0), self.found["tokens"], title="mean of the heads").png()
+    def _trace(self, text: str) -> dict:
+        limit = self.model.config.max_position_embeddings
+        if len(self.tokenizer.encode(text, add_special_tokens=False)) > limit:
+            raise ConfigError(f"the text is longer than the {limit} tokens that the model sees; "
+                              "shorten it")
+        return trace(self.model, self.tokenizer, text)
 
+    def _show_attention(self) -> None:
+        if self.traced is None or self.level.value is None: return
+        weights, tokens = self.traced["attentions"][self.level.value].mean(0), self.traced["tokens"]
+        self.attention.value = _as_page(plot_attention(weights, tokens, title="mean of the heads"))
+
+# %% ../../nbs/panels/tree.ipynb #dddecad4
 def ask(source, tokenizer=None, text: str = "To be, or not to be: that is the question.") -> Ask:
-    "Ask a text where it went: `ask(model, tokenizer)`, or `ask` of a panel, a trainer, or the folder of a run. `text`: what is asked first."
+    """Ask a text where it went: `ask(model, tokenizer)`, or `ask` of a panel, a trainer, or the
+    folder of a run. `text`: what is asked first."""
     return Ask(*model_of(source, tokenizer), text)
