@@ -40,7 +40,8 @@ def _fail(message, code: int = 2) -> None:
     sys.exit(code)
 
 def main(arguments: list[str] | None = None) -> None:
-    "The console script: runs a command and turns mistakes into one line on standard error and exit code 2."
+    """The console script: runs a command and turns mistakes into one line on standard error and
+    exit code 2."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")   # a bar for every megabyte is noise
     try: code = cli.main(args=arguments, prog_name="sprout-lab", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
@@ -58,7 +59,8 @@ def main(arguments: list[str] | None = None) -> None:
 # %% ../nbs/cli.ipynb #b6050075
 def _underscored(name: str) -> str: return name.replace("-", "_")
 
-_context = {"help_option_names": ["-h", "--help"], "token_normalize_func": _underscored, "max_content_width": 110}
+_context = {"help_option_names": ["-h", "--help"], "token_normalize_func": _underscored,
+            "max_content_width": 110}
 
 @click.group(context_settings=_context)
 @click.version_option(__version__, prog_name="sprout-lab")
@@ -78,10 +80,13 @@ class Setting(click.Option):
     def __init__(self, spec, name: str | None = None):
         self.spec = spec
         switch = spec.type is bool
-        kwargs = dict(is_flag=True, flag_value="true") if switch else dict(is_flag=False, metavar=self.word(spec))
-        if spec.name == "mixed_precision": kwargs["flag_value"] = "auto"   # the guides give the flag without a value
+        kwargs = dict(is_flag=True, flag_value="true") if switch else dict(is_flag=False,
+                                                                           metavar=self.word(spec))
+        # the guides give the flag without a value
+        if spec.name == "mixed_precision": kwargs["flag_value"] = "auto"
         if spec.type is list: kwargs["multiple"] = True
-        facts = "; ".join(filter(None, ("" if spec.default in (None, []) else str(spec.default), self.bounds(spec))))
+        facts = "; ".join(filter(None, ("" if spec.default in (None, []) else str(spec.default),
+                                        self.bounds(spec))))
         default = f" [{facts}]" if facts else ""
         super().__init__([f"--{name or spec.name}"], help=f"{spec.help}{default}", default=None,
                          hidden=name is not None, **kwargs)
@@ -115,21 +120,26 @@ def setting_options(specs, aliases: dict[str, str] | None = None) -> list[click.
     for alias, name in (ALIASES if aliases is None else aliases).items():
         if name in names and alias not in names: options.append(Setting(names[name], alias))
     for spec in specs:
-        if spec.type is bool and f"no_{spec.name}" not in SWITCHES: options.append(_hidden_switch(f"no_{spec.name}"))
-    options += [_hidden_switch(switch) for switch, (target, _) in SWITCHES.items() if target in names]
+        if spec.type is bool and f"no_{spec.name}" not in SWITCHES:
+            options.append(_hidden_switch(f"no_{spec.name}"))
+    options += [_hidden_switch(switch) for switch,
+                (target, _) in SWITCHES.items() if target in names]
     return options
 
 def collect_flags(values: dict, specs, aliases: dict[str, str] | None = None) -> dict:
-    "The flags that were given, as names and values for a configuration class; `aliases` are resolved."
+    """The flags that were given, as names and values for a configuration class; `aliases` are
+    resolved."""
     flags = {}
     switches = {spec.name for spec in specs if spec.type is bool}
     for written, value in values.items():
         if value is None or value == (): continue
         name = (aliases or {}).get(written, written)
         if name.startswith("no_") and name[3:] in switches and name not in SWITCHES:
-            if values.get(name[3:]) is not None: raise ConfigError(f"--{name[3:]} and --{name} are both given; keep one")
+            if values.get(name[3:]) is not None:
+                raise ConfigError(f"--{name[3:]} and --{name} are both given; keep one")
             flags[name[3:]] = False
-        elif name in flags: raise ConfigError(f"--{name} is given twice, once as --{written}; keep one")
+        elif name in flags:
+            raise ConfigError(f"--{name} is given twice, once as --{written}; keep one")
         else: flags[name] = list(value) if isinstance(value, tuple) else value
     return flags
 
@@ -194,7 +204,8 @@ class _Families(click.Group):
         return super().resolve_command(ctx, args)
 
     def parse_args(self, ctx, args):
-        if args and args[0].startswith("-") and args[0] not in ("-h", "--help"):   # train --config run.yaml
+        # train --config run.yaml
+        if args and args[0].startswith("-") and args[0] not in ("-h", "--help"):
             ctx._protected_args, ctx.args = [args[0]], args[1:]
             return ctx.args
         return super().parse_args(ctx, args)
@@ -203,7 +214,8 @@ class _Families(click.Group):
 def _train_settings(family) -> list:
     "The specs of a run of `family` (or of any, with None), with the defaults that hold unasked."
     from sprout_lab.families import configure, families
-    config_classes = [family.config_class] if family else [f.config_class for f in families.values()]
+    config_classes = [family.config_class] if family else [f.config_class
+                                                           for f in families.values()]
     specs = {}
     for section, cls in [*sections.items(), *(("model", c) for c in config_classes)]:
         for spec in settings_fields(cls, section): specs.setdefault(spec.name, spec)
@@ -216,14 +228,19 @@ def _train_options(family) -> list[click.Option]:
     presets = ", ".join(family.presets) if family else "see sprout-lab families"
     objectives = ", ".join(family.objectives) if family else "the family decides"
     options = [
-        click.Option(["--config"], metavar="FILE", help="YAML or JSON configuration; a run's config.yaml is one."),
-        click.Option(["--model_config"], metavar="FILE", hidden=True),   # a guide's name for a file of the model alone
+        click.Option(["--config"], metavar="FILE",
+                     help="YAML or JSON configuration; a run's config.yaml is one."),
+        # a guide's name for a file of the model alone
+        click.Option(["--model_config"], metavar="FILE", hidden=True),
         click.Option(["--preset"], metavar="NAME", help=f"Shipped configuration: {presets}."),
-        click.Option(["--size"], metavar="NAME", help="nano, mini, small or base (a preset of the same name) [nano]."),
+        click.Option(["--size"], metavar="NAME",
+                     help="nano, mini, small or base (a preset of the same name) [nano]."),
         click.Option(["--objective"], metavar="NAME", help=f"What is learned: {objectives}."),
         click.Option(["--quiet"], is_flag=True, help="No line but the result, no progress bar."),
-        click.Option(["--dry_run"], is_flag=True, help="Print every setting, and where it comes from; train nothing.")]
-    debug = click.Option(["--debug_mode"], is_flag=True, help="The preset debug: a minute on any machine.")
+        click.Option(["--dry_run"], is_flag=True,
+                     help="Print every setting, and where it comes from; train nothing.")]
+    debug = click.Option(["--debug_mode"], is_flag=True,
+                         help="The preset debug: a minute on any machine.")
     return [*options, debug] if family and "debug" in family.presets else options
 
 # %% ../nbs/cli.ipynb #cd48fbd0
@@ -232,7 +249,8 @@ def train_command(family) -> click.Command:
     def run(flags, config, model_config, preset, size, objective, quiet, dry_run, debug_mode=False):
         from sprout_lab.families import configure
         if debug_mode and (preset or size):
-            raise ConfigError("debug_mode is the preset debug, and another preset is given; keep one of them")
+            raise ConfigError("debug_mode is the preset debug, and another preset is given; keep "
+                              "one of them")
         if config and model_config:
             raise ConfigError("config and model_config are both given; keep one, "
                               "and name the other as model: {config_file: …} in it")
@@ -243,7 +261,8 @@ def train_command(family) -> click.Command:
         else: _train(settings, quiet)
     run.hidden = ("model_config",)
     summary = f"Train {family.title}. {family.summary}" if family else "Train what a configuration file says."
-    return Drawn(family.name if family else "train", params=_train_options(family), callback=run, help=summary,
+    return Drawn(family.name if family else "train", params=_train_options(family), callback=run,
+                 help=summary,
                  settings=lambda: _train_settings(family), context_settings=cli.context_settings)
 
 def _train(settings, quiet: bool) -> None:
@@ -256,12 +275,14 @@ def _train(settings, quiet: bool) -> None:
     if not curve.exists(): curve = trainer.run.results / "loss.png"
     click.echo(f"curve: {curve}" if curve.exists() else f"run: {trainer.run.folder}")
 
-@cli.command("train", cls=_Families, subcommand_metavar="FAMILY [FLAGS]", context_settings={"ignore_unknown_options": True})
+@cli.command("train", cls=_Families, subcommand_metavar="FAMILY [FLAGS]",
+             context_settings={"ignore_unknown_options": True})
 def train():
     "Train a family of models: sprout-lab train transformer."
 
 # %% ../nbs/cli.ipynb #94c203ca
-@cli.command("prepare", cls=Drawn, settings=_settings_of("sprout_lab.data.prepare", "PrepareConfig"),
+@cli.command("prepare", cls=Drawn,
+             settings=_settings_of("sprout_lab.data.prepare", "PrepareConfig"),
              aliases={"dataset_name": "dataset", "output_dir": "output"})
 @_quiet
 def prepare_command(flags, quiet):
@@ -285,28 +306,34 @@ def _evaluation_settings() -> list:
 @_model_path
 @_quiet
 def evaluate_command(model_path, flags, quiet):
-    "Bits per byte (a masked model: nats per hidden token), perplexity and accuracy on held-out text, as JSON."
-    import sprout_lab.families   # makes the models known to the Auto classes
+    """Bits per byte (a masked model: nats per hidden token), perplexity and accuracy on held-out
+    text, as JSON."""
+    import sprout_lab.families  # noqa: F401  makes the models known to the Auto classes
     from sprout_lab.evaluation.commands import evaluate_from_options
     evaluate_from_options(model_path, log=_log(quiet), **flags)
 
 # %% ../nbs/cli.ipynb #a9e75a72
 _written_as = {"max_new_tokens": "max_tokens", "max_length": "max_tokens"}
 
-@cli.command("generate", cls=Drawn, settings=_settings_of("sprout_lab.decoding.sampling", "SamplingConfig"), aliases=_written_as)
+@cli.command("generate", cls=Drawn, settings=_settings_of("sprout_lab.decoding.sampling",
+                                                          "SamplingConfig"), aliases=_written_as)
 @_model_path
-@click.option("--prompt", default=None, help="Text to continue [a new line]; gaps to fill are written [MASK].")
+@click.option("--prompt", default=None,
+              help="Text to continue [a new line]; gaps to fill are written [MASK].")
 @click.option("--prompt_file", metavar="FILE", help="One prompt per line.")
 @click.option("--output_file", metavar="FILE", help="Write the texts here as well.")
 @click.option("--interactive", is_flag=True, help="Type prompts; /quit, /temp X, /topk N, /topp X.")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True)
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto",
+              show_default=True)
 def generate_command(model_path, prompt, prompt_file, output_file, interactive, device, flags):
     """Continue a text: streams while it writes, whole characters only. A masked model fills the gaps of
     a text instead: each [MASK] is one token."""
     from sprout_lab.decoding.sampling import SamplingConfig
     if sum((prompt is not None, prompt_file is not None, interactive)) > 1:
-        raise ConfigError("prompt, prompt_file and interactive exclude one another; keep one of them")
-    flags["stop"] = [_as_utf8(text, "stop").replace("\\n", "\n").replace("\\t", "\t") for text in flags.get("stop", [])]
+        raise ConfigError("prompt, prompt_file and interactive exclude one another; keep one of "
+                          "them")
+    flags["stop"] = [_as_utf8(text, "stop").replace("\\n", "\n").replace("\\t", "\t")
+                     for text in flags.get("stop", [])]
     config = SamplingConfig(**flags)
     if output_file and not user_path(output_file).resolve().parent.is_dir():
         raise ConfigError(f"{output_file}: its folder does not exist; make it first")
@@ -314,7 +341,8 @@ def generate_command(model_path, prompt, prompt_file, output_file, interactive, 
     model, tokenizer, objective = _writer(model_path, device)
     if interactive: return talk(model, tokenizer, config)
     texts = _respond(objective, model, tokenizer, objective.prompts(prompts), config)
-    if output_file: user_path(output_file).write_text("\n---\n".join(texts) + "\n", encoding="utf-8")
+    if output_file:
+        user_path(output_file).write_text("\n---\n".join(texts) + "\n", encoding="utf-8")
 
 def _writer(model_path: str, device: str):
     "(model, tokenizer, objective) of a run that can write."
@@ -323,28 +351,34 @@ def _writer(model_path: str, device: str):
     from sprout_lab.trainers.trainer import device_of
     model, tokenizer = load_model(model_path, log=_to_stderr)
     if tokenizer is None:
-        raise ConfigError(f"{model_path}: has no tokenizer, it was trained on bare ids and cannot write text")
+        raise ConfigError(f"{model_path}: has no tokenizer, it was trained on bare ids and cannot "
+                          f"write text")
     return model.to(device_of(device)), tokenizer, objective_of(model)
 
 # %% ../nbs/cli.ipynb #4d881bcf
 def _as_utf8(text: str, name: str) -> str:
-    "Text from the command line or the keyboard; bytes that the locale could not read (LC_ALL=C) are UTF-8."
+    """Text from the command line or the keyboard; bytes that the locale could not read (LC_ALL=C)
+    are UTF-8."""
     try: return text.encode("utf-8", "surrogateescape").decode("utf-8")
     except UnicodeError: pass
-    raise ConfigError(f"{name}: is not UTF-8 text; convert it, or write it into a UTF-8 file for --prompt_file")
+    raise ConfigError(f"{name}: is not UTF-8 text; convert it, or write it into a UTF-8 file for "
+                      f"--prompt_file")
 
 def _prompts(prompt: str | None, prompt_file: str | None) -> list[str] | None:
     "The prompts that were given, or None."
     if prompt_file is None: return None if prompt is None else [_as_utf8(prompt, "prompt")]
     try: lines = user_path(prompt_file).read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError: raise ConfigError(f"{prompt_file}: is not text; one prompt per line is needed") from None
-    except FileNotFoundError: raise ConfigError(f"{prompt_file}: no such file; one prompt per line is needed") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{prompt_file}: is not text; one prompt per line is needed") from None
+    except FileNotFoundError:
+        raise ConfigError(f"{prompt_file}: no such file; one prompt per line is needed") from None
     prompts = [line for line in lines if line.strip()]
     if not prompts: raise ConfigError(f"{prompt_file}: is empty; one prompt per line is needed")
     return prompts
 
 def _respond(objective, model, tokenizer, prompts: list[str], config) -> list[str]:
-    "Print what the model makes of `prompts`, as it is written where there is one; returns the whole texts."
+    """Print what the model makes of `prompts`, as it is written where there is one; returns the
+    whole texts."""
     streamed = len(prompts) == 1 and config.num_samples == 1
     fragments, total = [], len(prompts) * config.num_samples
     for number, fragment in enumerate(objective.respond(model, tokenizer, prompts, config), 1):
@@ -355,13 +389,16 @@ def _respond(objective, model, tokenizer, prompts: list[str], config) -> list[st
     return ["".join(fragments)] if streamed else fragments
 
 # %% ../nbs/cli.ipynb #0c4518ac
-TALK_COMMANDS = {"/temp": "temperature", "/topk": "top_k", "/topp": "top_p", "/tokens": "max_tokens",
+TALK_COMMANDS = {"/temp": "temperature", "/topk": "top_k", "/topp": "top_p",
+                 "/tokens": "max_tokens",
                  "/penalty": "repetition_penalty", "/seed": "seed"}
 
 def talk(model, tokenizer, config, read=None) -> None:
-    "The interactive loop, until /quit or the end of the input. `read()` returns a line, by default from the keyboard."
+    """The interactive loop, until /quit or the end of the input. `read()` returns a line, by
+    default from the keyboard."""
     read = read or (lambda: input("> "))
-    click.echo(f"/quit ends; {', '.join(f'{command} X' for command in TALK_COMMANDS)} change how it writes")
+    click.echo(f"/quit ends; {', '.join(f'{command} X' for command in TALK_COMMANDS)} change how "
+               f"it writes")
     while True:
         try: line = read()
         except (EOFError, KeyboardInterrupt): return click.echo()
@@ -378,21 +415,26 @@ def _talk_line(model, tokenizer, config, line: str) -> None:
         click.echo(f"{name} is {getattr(config, name)}")
     elif command.startswith("/"):
         known = ["/quit", *TALK_COMMANDS]
-        raise ConfigError(f"{command}: no such command{nearest(command, known)}; {', '.join(known)}")
-    elif line.strip(): _respond(objective_of(model), model, tokenizer, [_as_utf8(line, "the prompt")], config)
+        raise ConfigError(f"{command}: no such command{nearest(command, known)}; "
+                          f"{', '.join(known)}")
+    elif line.strip():
+        _respond(objective_of(model), model, tokenizer, [_as_utf8(line, "the prompt")], config)
 
 # %% ../nbs/cli.ipynb #110697f3
 @cli.command("draw")
 @click.argument("run", metavar="RUN")
 @click.argument("picture", metavar="[PICTURE]", nargs=-1)
 @click.option("--text", help="Text to show them on [the beginning of what the run held out].")
-@click.option("--output", metavar="FILE|DIR", help="Where they go: a folder, or a file for one picture [the run's results/].")
-@click.option("--style", type=click.Choice(["light", "dark"]), default="light", show_default=True, help="Colours of the pictures.")
+@click.option("--output", metavar="FILE|DIR",
+              help="Where they go: a folder, or a file for one picture [the run's results/].")
+@click.option("--style", type=click.Choice(["light", "dark"]), default="light", show_default=True,
+              help="Colours of the pictures.")
 @_quiet
 def draw_command(run, picture, text, output, style, quiet):
     "Draw a trained model: all of its family's pictures, or those that are named."
     from sprout_lab.families import draw_pictures
-    for path in draw_pictures(run, picture, text=text, output=output, style=style, log=_log(quiet)): click.echo(path)
+    for path in draw_pictures(run, picture, text=text, output=output, style=style, log=_log(quiet)):
+        click.echo(path)
 
 # %% ../nbs/cli.ipynb #a9d38d9e
 @cli.group("import")
@@ -410,8 +452,10 @@ def _parameters(model) -> str: return f"{sum(p.numel() for p in model.parameters
 
 @import_group.command("llama2c")
 @click.argument("model_bin", metavar="MODEL.bin")
-@click.option("--tokenizer", metavar="TOKENIZER.bin", help="Its tokenizer, in llama2.c's format; without it the model has none.")
-@click.option("--output", "--output_dir", "output", metavar="DIR", help="Where the model goes [runs/NAME].")
+@click.option("--tokenizer", metavar="TOKENIZER.bin",
+              help="Its tokenizer, in llama2.c's format; without it the model has none.")
+@click.option("--output", "--output_dir", "output", metavar="DIR",
+              help="Where the model goes [runs/NAME].")
 def import_llama2c_command(model_bin, tokenizer, output):
     "A llama2.c checkpoint: interleaved RoPE, tied head."
     from sprout_lab.models.llama2c import import_llama2c
@@ -424,14 +468,17 @@ def import_llama2c_command(model_bin, tokenizer, output):
 # %% ../nbs/cli.ipynb #1346801b
 @cli.command("export")
 @click.argument("run", metavar="RUN")
-@click.option("--output", "--output_dir", "output", metavar="DIR", required=True, help="Folder for the exported model.")
-@click.option("--llama", is_flag=True, help="As a plain Hugging Face Llama, where the shape allows it; without it, as the lab's own model.")
+@click.option("--output", "--output_dir", "output", metavar="DIR", required=True,
+              help="Folder for the exported model.")
+@click.option("--llama", is_flag=True, help="As a plain Hugging Face Llama, where the shape "
+                                            "allows it; without it, as the lab's own model.")
 @click.option("--ternary", is_flag=True, help="An SLM or HNetBit with its weights at 2 bits.")
 def export_command(run, output, llama, ternary):
     "Write a run's best model as a Hugging Face folder of its own, with its tokenizer."
     from sprout_lab.families import load_model
     from sprout_lab.models.llama2c import export_llama
-    if llama and ternary: raise ConfigError("llama and ternary exclude one another; keep one of them")
+    if llama and ternary:
+        raise ConfigError("llama and ternary exclude one another; keep one of them")
     folder = _new_folder(output)
     model, tokenizer = load_model(run, log=_to_stderr)
     if ternary:
@@ -449,7 +496,8 @@ def families_command():
     from sprout_lab.families import families
     for family in families.values():
         click.echo(f"{family.name:<12} {family.summary}")
-        for title, names in (("objectives", family.objectives), ("presets", family.presets), ("pictures", family.pictures)):
+        for title, names in (("objectives", family.objectives), ("presets", family.presets),
+                             ("pictures", family.pictures)):
             if names: click.echo(f"{'':<12} {title}: {', '.join(names)}")
 
 def human(size: float) -> str:
@@ -464,7 +512,8 @@ def runs_group():
     "List, show and delete runs."
 
 def _root(function):
-    return click.option("--root", default="runs", show_default=True, metavar="DIR", help="Folder that holds the runs.")(function)
+    return click.option("--root", default="runs", show_default=True, metavar="DIR",
+                        help="Folder that holds the runs.")(function)
 
 # %% ../nbs/cli.ipynb #6edd8534
 @runs_group.command("list")
@@ -481,14 +530,16 @@ def runs_list(root, as_json):
         score = "" if f["best_bits_per_byte"] is None else f"{f['best_bits_per_byte']:.4f}"
         if not score and f.get("best_loss") is not None: score = f"{f['best_loss']:.3f} nat"
         size = human(f["disk_bytes"])
-        click.echo(f"{f['name']:<36} {f['family'] or '':<12} {f['step']:>9,} {score:>9} {size:>9}  {f['state']}")
+        click.echo(f"{f['name']:<36} {f['family'] or '':<12} {f['step']:>9,} {score:>9} {size:>9} "
+                   f" {f['state']}")
 
 def _run_folder(name: str, root: str) -> Path:
     from sprout_lab.runs import Run, list_runs
     for folder in (Path(name), Path(root) / name):
         if Run(folder).exists(): return folder
     known = [f["name"] for f in list_runs(root)]
-    raise ConfigError(f"{name}: no such run{nearest(name, known)}; `sprout-lab runs list` shows them")
+    raise ConfigError(f"{name}: no such run{nearest(name, known)}; `sprout-lab runs list` shows "
+                      f"them")
 
 # %% ../nbs/cli.ipynb #9e0260d1
 @runs_group.command("show")
@@ -498,13 +549,16 @@ def runs_show(run, root):
     "Facts of one run, its checkpoints and its configuration."
     from sprout_lab.runs import Run, damage, disk_use, run_facts
     folder = _run_folder(run, root)
-    for key, value in run_facts(folder).items(): click.echo(f"{key:<20} {human(value) if key == 'disk_bytes' else value}")
+    for key, value in run_facts(folder).items():
+        click.echo(f"{key:<20} {human(value) if key == 'disk_bytes' else value}")
     checkpoints = Run(folder).checkpoints
     for step in Run(folder).steps():
         checkpoint = Run(folder).step_folder(step)
-        names = [n for n in ("best", "latest") if (checkpoints / n).resolve() == checkpoint.resolve()]
+        names = [n
+                 for n in ("best", "latest") if (checkpoints / n).resolve() == checkpoint.resolve()]
         state = damage(checkpoint) or "whole"
-        click.echo(f"{'checkpoint':<20} {checkpoint.name:<12} {human(disk_use(checkpoint)):>9}  {state} {' '.join(names)}")
+        click.echo(f"{'checkpoint':<20} {checkpoint.name:<12} {human(disk_use(checkpoint)):>9}  "
+                   f"{state} {' '.join(names)}")
     click.echo(Run(folder).config.read_text())
 
 @runs_group.command("delete")
@@ -515,7 +569,8 @@ def runs_delete(run, root, yes):
     "Delete runs; asks first."
     from sprout_lab.runs import delete_run, disk_use
     for folder in [_run_folder(name, root) for name in run]:
-        if not yes and not click.confirm(f"delete {folder} ({human(disk_use(folder))})?"): click.echo(f"kept {folder}")
+        if not yes and not click.confirm(f"delete {folder} ({human(disk_use(folder))})?"):
+            click.echo(f"kept {folder}")
         else: click.echo(f"deleted {folder}, {human(delete_run(folder))} freed")
 
 @runs_group.command("disk")
@@ -530,27 +585,35 @@ def runs_disk(root):
 # %% ../nbs/cli.ipynb #826a7fbf
 @cli.command("bench")
 @click.argument("family", default="transformer")
-@click.option("--peer", "peers", multiple=True, metavar="NAME=DIR", help="A clone of a named peer, to measure beside it, such as nanogpt=~/nanoGPT.")
-@click.option("--only", multiple=True, metavar="PART", help="Only these parts; a wrong one is answered with those there are.")
-@click.option("--repeats", type=click.IntRange(1), default=5, show_default=True, help="Alternating repeats of each measurement.")
+@click.option("--peer", "peers", multiple=True, metavar="NAME=DIR",
+              help="A clone of a named peer, to measure beside it, such as nanogpt=~/nanoGPT.")
+@click.option("--only", multiple=True, metavar="PART",
+              help="Only these parts; a wrong one is answered with those there are.")
+@click.option("--repeats", type=click.IntRange(1), default=5, show_default=True,
+              help="Alternating repeats of each measurement.")
 @click.option("--output", metavar="FILE", help="Write the table as JSON too.")
 @_quiet
 def bench_command(family, peers, only, repeats, output, quiet):
     "Ratios of a family against named peers, side by side in one run, in CPU time."
     from sprout_lab.families import get_family
     entry = get_family(family)
-    if entry.benchmark is None: raise ConfigError(f"{family}: has no benchmark in its entry of the register")
+    if entry.benchmark is None:
+        raise ConfigError(f"{family}: has no benchmark in its entry of the register")
     folders = {}
     for peer in peers:
         name, _, folder = peer.partition("=")
-        if not folder: raise ConfigError(f"peer={peer!r}: NAME=DIR is needed, with one of {', '.join(entry.benchmark.peers) or 'no names'}")
+        if not folder:
+            raise ConfigError(f"peer={peer!r}: NAME=DIR is needed, with one of "
+                              f"{', '.join(entry.benchmark.peers) or 'no names'}")
         folders[name] = folder
     entry.benchmark(entry, peers=folders, only=only, repeats=repeats, output=output, log=click.echo)
 
 # %% ../nbs/cli.ipynb #7221fb65
-NEEDED = ("torch", "transformers", "accelerate", "safetensors", "tokenizers", "tiktoken", "datasets", "pydantic",
+NEEDED = ("torch", "transformers", "accelerate", "safetensors", "tokenizers", "tiktoken",
+          "datasets", "pydantic",
           "click", "numpy", "matplotlib", "seaborn", "tensorboard", "ipywidgets")
-OPTIONAL = {"wandb": "W&B logging", "sentencepiece": "SentencePiece tokenizers", "lm_eval": "lm_eval tasks",
+OPTIONAL = {"wandb": "W&B logging", "sentencepiece": "SentencePiece tokenizers",
+            "lm_eval": "lm_eval tasks",
             "peft": "adapters", "triton": "GPU kernels", "jupyterlab": "notebooks on this machine"}
 
 def _version(name: str) -> str:
@@ -577,14 +640,17 @@ def doctor_command():
     import shutil
     def tell(name, value): click.echo(f"{name:<16} {value}")
     tell("sprout-lab", __version__)
-    tell("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}, {os.cpu_count()} cores")
+    tell("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}, "
+                   f"{os.cpu_count()} cores")
     for name in [*NEEDED, *OPTIONAL]: tell(name, _version(name))
     for name, value in _devices(): tell(name, value)
-    tell("compiler", shutil.which("cc") or shutil.which("gcc") or "missing: the fast CPU kernels and torch.compile need one")
+    tell("compiler", shutil.which("cc") or shutil.which("gcc")
+         or "missing: the fast CPU kernels and torch.compile need one")
     tell("disk", f"{human(shutil.disk_usage('.').free)} free here")
     data = os.environ.get("SPROUT_LAB_DATA")
     there = "" if data and Path(data).is_dir() else " (missing)"
-    tell("SPROUT_LAB_DATA", f"{data}{there}" if data else "unset: only needed for optional large data")
+    tell("SPROUT_LAB_DATA",
+         f"{data}{there}" if data else "unset: only needed for optional large data")
     from sprout_lab.families import broken_plugins, families
     tell("families", ", ".join(families))
     for name, reason in broken_plugins.items(): tell("left out", f"{name}: {reason}")

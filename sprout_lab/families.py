@@ -18,12 +18,14 @@ from transformers import AutoConfig, AutoModel
 
 from . import pictures
 from .configs import (
-    ConfigError, DataConfig, RunConfig, add_presets, canonical, families_of_preset, nearest, preset_names, read_preset,
+    ConfigError, DataConfig, RunConfig, add_presets, canonical, families_of_preset, nearest,
+    preset_names, read_preset,
     read_settings, resolve, sections, user_path)
 from .data.prepare import load_data
 from .data.tokenizers import load_tokenizer, register_tokenizers
-from .evaluation.benchmarks import Benchmark, transformer_benchmark
+from .evaluation.benchmarks import Benchmark
 from .evaluation.recurrent_benchmarks import hnet_benchmark, slm_benchmark
+from .evaluation.transformer_benchmarks import transformer_benchmark
 from .evaluation.tree_benchmarks import sprout_benchmark
 from .models.hnet import HNetBitConfig, HNetBitForCausalLM
 from .models.slm import SimplifiedSLMForCausalLM, SLMConfig
@@ -74,10 +76,12 @@ class Family:
         objective = objective or self.objective
         if objective in self.models: return self.models[objective]
         known = ", ".join(self.objectives)
-        raise ConfigError(f"objective={objective!r}: {self.name} has {known}{nearest(objective, self.objectives)}")
+        raise ConfigError(f"objective={objective!r}: {self.name} has "
+                          f"{known}{nearest(objective, self.objectives)}")
 
     def build_config(self, size: str | None = None, **fields):
-        "A configuration of a preset's shape (nano without one), with any field replaced; a guide's spellings are understood."
+        """A configuration of a preset's shape (nano without one), with any field replaced; a
+        guide's spellings are understood."""
         return _build_config(self, size, fields)
 
     def build(self, size: str | None = None, objective: str | None = None, **fields):
@@ -86,9 +90,11 @@ class Family:
 
     def draw(self, picture: str, model, tokenizer=None, text: str = "", **options) -> Figure:
         "One of the family's pictures of a model; `text` is what it is shown on."
-        if picture in self.pictures: return self.pictures[picture](model, tokenizer, text, **options)
+        if picture in self.pictures:
+            return self.pictures[picture](model, tokenizer, text, **options)
         known = ", ".join(self.pictures) or "none"
-        raise ConfigError(f"picture={picture!r}: {self.name} has {known}{nearest(picture, self.pictures)}")
+        raise ConfigError(f"picture={picture!r}: {self.name} has "
+                          f"{known}{nearest(picture, self.pictures)}")
 
 # %% ../nbs/families.ipynb #efe37f54
 def _build_config(family: Family, size: str | None, fields: dict):
@@ -100,7 +106,9 @@ def _build_config(family: Family, size: str | None, fields: dict):
         for written, value in layer.items():
             name, value = canonical(written, value, {**known, **elsewhere})
             if name in known: values[name] = value
-            elif layer is fields: raise ConfigError(f"{written}: {family.name} has no such setting{nearest(written, known)}")
+            elif layer is fields:
+                raise ConfigError(f"{written}: {family.name} has no such "
+                                  f"setting{nearest(written, known)}")
     return family.config_class(**values)
 
 # %% ../nbs/families.ipynb #5a4244bd
@@ -121,16 +129,20 @@ def register(family: Family) -> Family:
     return family
 
 def _check_entry(family) -> None:
-    if not isinstance(family, Family): raise ConfigError(f"{family!r}: is a {type(family).__name__}; a Family is needed")
-    if not family.models: raise ConfigError(f"{family.name}: has no model; give models={{objective: class}}")
+    if not isinstance(family, Family):
+        raise ConfigError(f"{family!r}: is a {type(family).__name__}; a Family is needed")
+    if not family.models:
+        raise ConfigError(f"{family.name}: has no model; give models={{objective: class}}")
     for objective in family.models: get_objective(objective)
     if not hasattr(family.config_class, "settings"):
-        raise ConfigError(f"{family.name}: its config_class has no settings; derive it from sprout_lab.models.config.ModelConfig")
+        raise ConfigError(f"{family.name}: its config_class has no settings; derive it from "
+                          f"sprout_lab.models.config.ModelConfig")
 
 def get_family(name: str) -> Family:
     "The family of that name; an unknown name is answered with the nearest one."
     if name in families: return families[name]
-    raise ConfigError(f"family={name!r}: choose from {', '.join(families)}{nearest(name, families)}")
+    raise ConfigError(f"family={name!r}: choose from "
+                      f"{', '.join(families)}{nearest(name, families)}")
 
 # %% ../nbs/families.ipynb #2971da63
 _recurrent = {"half_lives": pictures.memory_half_lives, "ternary_weights": pictures.ternary_weights,
@@ -145,23 +157,29 @@ register(Family(
     top_settings=("hidden_size", "num_hidden_layers", "num_attention_heads", "dropout")))
 
 register(Family(
-    "slm", "SLM", "Ternary recurrent bytes: no attention, weights of -1, 0 and 1, a state of fixed size.",
+    "slm", "SLM",
+    "Ternary recurrent bytes: no attention, weights of -1, 0 and 1, a state of fixed size.",
     SLMConfig, {"causal": SimplifiedSLMForCausalLM}, pictures=_recurrent,
     benchmark=slm_benchmark, studies=("studies/slm_study.py",), aliases=("flat", "simplified_slm"),
     top_settings=("hidden_size", "num_hidden_layers", "use_short_conv")))
 
 register(Family(
     "hnet", "HNetBit", "A hierarchy that learns where to cut a text, of ternary recurrent blocks.",
-    HNetBitConfig, {"causal": HNetBitForCausalLM}, pictures={"chunks": pictures.chunks, **_recurrent},
-    benchmark=hnet_benchmark, studies=("studies/slm_study.py",), aliases=("hierarchical", "hnet_bit"),
+    HNetBitConfig, {"causal": HNetBitForCausalLM},
+    pictures={"chunks": pictures.chunks, **_recurrent},
+    benchmark=hnet_benchmark, studies=("studies/slm_study.py",),
+    aliases=("hierarchical", "hnet_bit"),
     top_settings=("d_model", "num_blocks", "target_chunk_size", "ratio_loss_weight")))
 
 register(Family(
-    "sprout", "SPROUT", "A tree of Transformer blocks that grows while it is trained; every text takes a path of its own.",
+    "sprout", "SPROUT", "A tree of Transformer blocks that grows while it is trained; every text "
+                        "takes a path of its own.",
     SproutConfig, {"masked": SproutForMaskedLM, "causal": SproutForCausalLM},
-    pictures={"tree": pictures.tree, "growth": pictures.growth, "compatibility": pictures.compatibility,
+    pictures={"tree": pictures.tree, "growth": pictures.growth,
+              "compatibility": pictures.compatibility,
               "destinations": pictures.destinations},
-    callbacks=(Growth, EpochSummary), benchmark=sprout_benchmark, studies=("studies/sprout_study.py",),
+    callbacks=(Growth, EpochSummary), benchmark=sprout_benchmark,
+    studies=("studies/sprout_study.py",),
     top_settings=("max_nodes", "compatibility_threshold", "growth", "hidden_size")))
 
 register_tokenizers()
@@ -182,7 +200,8 @@ def configure(family: str | None, flags: dict | None = None, *, config: str | No
         flags.setdefault("output_dir", content.get("output_dir"))
     entry = _named_family(family, content, config)
     presets = _named_presets(preset, size, content)
-    run = resolve(entry.name, entry.config_class, flags=flags, config=config, presets=presets, content=content)
+    run = resolve(entry.name, entry.config_class, flags=flags, config=config, presets=presets,
+                  content=content)
     entry.model_class(run.objective)
     objective_for(run).settle(run)
     entry.config_class(**run.model)   # impossible combinations are found before any work is done
@@ -196,7 +215,8 @@ def objective_for(run: RunConfig) -> Objective:
 def _shipped_configuration(family, config: str, preset, log) -> tuple:
     "configs/small_model.yaml of a guide is a shipped preset here: (family, config, preset) then."
     stem = Path(config).stem
-    owners = [name for name in families_of_preset(stem) if name == family or (family is None and name in families)]
+    owners = [name for name in families_of_preset(stem) if name == family
+              or (family is None and name in families)]
     if len(owners) != 1: return family, config, preset
     whose = f" of {owners[0]}" if family is None else ""
     log(f"{config}: not here; using the shipped preset {stem}{whose}")
@@ -217,7 +237,8 @@ def _named_family(family: str | None, content: dict, config) -> Family:
     "The family that is named, in the call or in a configuration file."
     written = content.get("family")
     named = next((f.name for f in families.values() if written in f.aliases), written)
-    if family is None and named is None: raise ConfigError(f"no family is named; say one of {', '.join(families)}")
+    if family is None and named is None:
+        raise ConfigError(f"no family is named; say one of {', '.join(families)}")
     if family is not None and named is not None and named != family:
         raise ConfigError(f"{config}: is a configuration of {named}, not of {family}")
     return get_family(family or named)
@@ -225,13 +246,15 @@ def _named_family(family: str | None, content: dict, config) -> Family:
 def _named_presets(preset: str | None, size: str | None, content: dict) -> list[str]:
     "Presets in the order in which they are laid: a size first, nano where nothing is named."
     if preset is None and size is not None and size not in SIZES:
-        raise ConfigError(f"size={size!r}: one of {', '.join(SIZES)} is needed{nearest(size, SIZES)}")
+        raise ConfigError(f"size={size!r}: one of {', '.join(SIZES)} is "
+                          f"needed{nearest(size, SIZES)}")
     named = [size or content.get("size"), preset or content.get("preset")]
     return [p for p in dict.fromkeys(named) if p] or ["nano"]
 
 # %% ../nbs/families.ipynb #f022b90e
 def build_model(run: RunConfig, data):
-    "A fresh model of a run: its settings, the data's vocabulary and special tokens, weights from its seed."
+    """A fresh model of a run: its settings, the data's vocabulary and special tokens, weights from
+    its seed."""
     entry = get_family(run.family)
     known = entry.config_class.settings.model_fields
     special = {name: getattr(data.tokenizer, name, None)
@@ -241,33 +264,44 @@ def build_model(run: RunConfig, data):
     return entry.model_class(run.objective)(entry.config_class(**fields))
 
 def _claim(out, log):
-    "The checkpoint that a run continues from, or None; `out.output_dir` may move to a folder of its own."
+    """The checkpoint that a run continues from, or None; `out.output_dir` may move to a folder of
+    its own."""
     folder = Run(out.output_dir) if out.output_dir else None
     resume = out.resume_from
     if resume == "auto":
-        if folder is None: raise ConfigError("resume_from=auto needs output_dir: it continues what is there, or begins there")
+        if folder is None:
+            raise ConfigError("resume_from=auto needs output_dir: it continues what is there, or "
+                              "begins there")
         resume = str(folder.folder) if folder.steps() else None
     elif folder is not None and folder.steps() and resume is None:
-        raise ConfigError(f"{folder.folder} already holds a run (at step {folder.steps()[-1]}); --resume_from auto continues it, or choose another output_dir")
+        raise ConfigError(f"{folder.folder} already holds a run (at step {folder.steps()[-1]}); "
+                          f"--resume_from auto continues it, or choose another output_dir")
     if not resume: return None
     checkpoint = find_checkpoint(resume, prefer="latest", log=log)
     origin = Run(checkpoint.parent.parent)
-    later = [s for s in origin.steps() if f"step_{s}" != checkpoint.name and s > int(checkpoint.name.removeprefix("step_"))]
+    later = [s for s in origin.steps() if f"step_{s}" != checkpoint.name
+             and s > int(checkpoint.name.removeprefix("step_"))]
     if folder is not None and origin.folder.resolve() == folder.folder.resolve() and later:
-        if Run(resume).checkpoints.is_dir():   # the run itself was named, so the later ones are the damaged ones
-            for step in later: origin.step_folder(step).rename(origin.checkpoints / f"damaged_step_{step}")
+        # the run itself was named, so the later ones are the damaged ones
+        if Run(resume).checkpoints.is_dir():
+            for step in later:
+                origin.step_folder(step).rename(origin.checkpoints / f"damaged_step_{step}")
         else:
             out.output_dir = str(new_run_folder(origin.folder.name, root=origin.folder.parent))
-            log(f"{origin.folder} has gone on to step {later[-1]}; {checkpoint.name} is continued in {out.output_dir}")
+            log(f"{origin.folder} has gone on to step {later[-1]}; {checkpoint.name} is continued "
+                f"in {out.output_dir}")
     return checkpoint
 
 def _batches_of(objective, model_config, run, data) -> dict:
     length, size = run.data.sequence_length, run.training.batch_size
-    batches = objective.batches(model_config, data.train, data.tokenizer, length, size, run.training.seed, run.data.order)
-    windows = lambda limit: objective.windows(model_config, data.validation, data.tokenizer, length, size, limit)
+    batches = objective.batches(model_config, data.train, data.tokenizer, length, size,
+                                run.training.seed, run.data.order)
+    windows = lambda limit: objective.windows(model_config, data.validation, data.tokenizer, length,
+                                              size, limit)
     return {"batches": batches, "windows": windows}
 
-def make_trainer(run: RunConfig, *, data=None, extra_callbacks=(), log=print, callbacks=None) -> Trainer:
+def make_trainer(run: RunConfig, *, data=None, extra_callbacks=(), log=print,
+                 callbacks=None) -> Trainer:
     """Data, model and trainer of a run. A folder that already holds a run is refused unless
     `resume_from` says to continue it; a run that is resumed from a step before its last one goes on
     in a new folder, so that nothing is overwritten."""
@@ -277,9 +311,11 @@ def make_trainer(run: RunConfig, *, data=None, extra_callbacks=(), log=print, ca
     own = [callback() for callback in get_family(run.family).callbacks]
     model = build_model(run, data)
     asked = {} if objective.per_byte else _batches_of(objective, model.config, run, data)
-    trainer = Trainer(model, data, run, callbacks, extra_callbacks=[*own, *extra_callbacks], log=log, **asked)
+    trainer = Trainer(model, data, run, callbacks, extra_callbacks=[*own, *extra_callbacks],
+                      log=log, **asked)
     if checkpoint is not None: trainer.resume(checkpoint)
-    if run.output.log_dir and trainer.accelerator.is_main_process: _link_logs(trainer.run.logs, run.output.log_dir, log)
+    if run.output.log_dir and trainer.accelerator.is_main_process:
+        _link_logs(trainer.run.logs, run.output.log_dir, log)
     return trainer
 
 # %% ../nbs/families.ipynb #79aad125
@@ -288,13 +324,15 @@ def _link_logs(logs: Path, log_dir: str, log) -> None:
     place = user_path(log_dir)
     if place.resolve() in (logs.resolve(), logs.parent.resolve()): return
     if place.exists() and not place.is_symlink():
-        raise ConfigError(f"log_dir={place}: is already there; choose another, or leave it out: the logs are in {logs}")
+        raise ConfigError(f"log_dir={place}: is already there; choose another, or leave it out: "
+                          f"the logs are in {logs}")
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         place.unlink(missing_ok=True)
         place.symlink_to(os.path.relpath(logs.resolve(), place.parent.resolve()))
     except OSError as error:
-        log(f"log_dir={place}: no link can be made there ({error.strerror}); the logs are in {logs}")
+        log(f"log_dir={place}: no link can be made there ({error.strerror}); the logs are in "
+            f"{logs}")
 
 # %% ../nbs/families.ipynb #7ec5980b
 def load_model(path, log=print, objective: str | None = None):
@@ -309,19 +347,25 @@ def load_model(path, log=print, objective: str | None = None):
 def family_of(model) -> Family:
     "The family that a model belongs to, by its configuration."
     named = getattr(getattr(model, "config", None), "model_type", None)
-    owner = next((family for family in families.values() if family.config_class.model_type == named), None)
-    if owner is None: raise ConfigError(f"{type(model).__name__}: belongs to no family of the register ({', '.join(families)})")
+    owner = next((family
+                  for family in families.values() if family.config_class.model_type == named), None)
+    if owner is None:
+        raise ConfigError(f"{type(model).__name__}: belongs to no family of the register "
+                          f"({', '.join(families)})")
     return owner
 
 # %% ../nbs/families.ipynb #1e3a5970
 def held_out_text(folder, tokenizer, tokens: int = 2000) -> str:
-    "The first `tokens` of what the run of a checkpoint's `folder` held out; of Shakespeare outside of a run."
+    """The first `tokens` of what the run of a checkpoint's `folder` held out; of Shakespeare
+    outside of a run."""
     run = Run(Path(folder).parent.parent)
     settings = read_settings(run.config) if run.exists() else {}
-    data = load_data(DataConfig(**{k: v for k, v in settings.items() if k in DataConfig.model_fields}), tokenizer)
+    data = load_data(DataConfig(**{k: v for k, v in settings.items()
+                                   if k in DataConfig.model_fields}), tokenizer)
     return tokenizer.decode([int(i) for i in data.validation[:tokens]])
 
-def draw_pictures(path, names=(), text: str | None = None, output=None, style: str = "light", log=print) -> list[Path]:
+def draw_pictures(path, names=(), text: str | None = None, output=None, style: str = "light",
+                  log=print) -> list[Path]:
     """Draw the named pictures of a run (all of its family's without a name) as PNG files; returns their
     paths. `text`: what they are shown on, else what the run held out. `output`: a folder, or a file for
     one picture; else the run's `results`. What the model cannot show is said and left out."""
@@ -329,7 +373,8 @@ def draw_pictures(path, names=(), text: str | None = None, output=None, style: s
     model, tokenizer = load_model(folder, log=log)
     family, run = family_of(model), Run(folder.parent.parent)
     names = list(names or family.pictures)
-    for name in set(names) - set(family.pictures): family.draw(name, model)   # refused before any work
+    # refused before any work
+    for name in set(names) - set(family.pictures): family.draw(name, model)
     if text is None: text = "" if tokenizer is None else held_out_text(folder, tokenizer)
     target = user_path(output) if output else run.results if run.exists() else Path("pictures")
     single = len(names) == 1 and target.suffix != ""
@@ -356,7 +401,8 @@ def load_plugins(points=None, log=None) -> list[str]:
     log, loaded = log or (lambda line: print(line, file=sys.stderr)), []
     for point in entry_points(group="sprout_lab.families") if points is None else points:
         try:
-            if point.name in families: raise ConfigError("the lab has a family of that name; it needs another")
+            if point.name in families:
+                raise ConfigError("the lab has a family of that name; it needs another")
             found = point.load()
             family = found if isinstance(found, Family) else found()
             loaded.append(register(family).name)

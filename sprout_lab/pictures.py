@@ -15,7 +15,7 @@ from .configs import ConfigError
 from .data.corpora import load_corpus
 from .evaluation.health import layer_health
 from .evaluation.surprise import text_surprise
-from .models.slm import BitLinear, half_lives
+from .models.hgrn import BitLinear, half_lives
 from .visualizers.attention import plot_attention
 from .visualizers.chunks import plot_boundaries, plot_half_lives, plot_ternary_weights
 from .visualizers.embeddings import plot_embeddings
@@ -28,7 +28,9 @@ from .visualizers.tree import plot_compatibility, plot_destinations, plot_growth
 def text_ids(model, tokenizer, text: str, longest: int) -> torch.Tensor:
     """The first ids of `text` on the model's device, int64 `[1, length]`, at most `longest` and at most
     what the model sees. A text without any, or a model without a tokenizer, is a `ConfigError`."""
-    if tokenizer is None: raise ConfigError("the model has no tokenizer, so it cannot read a text; give a run that was trained on text")
+    if tokenizer is None:
+        raise ConfigError("the model has no tokenizer, so it cannot read a text; give a run that "
+                          "was trained on text")
     limit = getattr(model.config, "max_position_embeddings", None) or longest
     ids = tokenizer.encode(text, add_special_tokens=False)[:min(longest, limit)]
     if not ids: raise ConfigError("the text is empty; give a few words to look at")
@@ -40,7 +42,9 @@ def attention(model, tokenizer, text: str, longest: int = 28) -> Figure:
     "What the attention looks at: a map for each head of the lowest and of the highest block."
     ids = text_ids(model, tokenizer, text, longest)
     maps = getattr(model(input_ids=ids, output_attentions=True), "attentions", None)
-    if not maps: raise ConfigError(f"{type(model).__name__} has no attention to look at; choose another picture")
+    if not maps:
+        raise ConfigError(f"{type(model).__name__} has no attention to look at; choose another "
+                          f"picture")
     ends = (maps[0], maps[-1]) if len(maps) > 1 else maps
     figure = plot_attention(ends, [tokenizer.decode([i]) for i in ids[0].tolist()])
     for ax in figure.axes:
@@ -73,7 +77,8 @@ def surprise(model, tokenizer, text: str, longest: int = 480) -> Figure:
 # %% ../nbs/pictures.ipynb #4b4934cc
 def health(model, tokenizer, text: str, longest: int = 256) -> Figure:
     "How the layers are: activations, gradients and dead units, layer by layer."
-    return plot_health(layer_health(model, {"input_ids": text_ids(model, tokenizer, text, longest)}))
+    return plot_health(layer_health(model,
+                                    {"input_ids": text_ids(model, tokenizer, text, longest)}))
 
 # %% ../nbs/pictures.ipynb #4f87660f
 @torch.no_grad()
@@ -85,10 +90,14 @@ def memory_half_lives(model, tokenizer, text: str, longest: int = 512) -> Figure
 # %% ../nbs/pictures.ipynb #13718dd9
 def ternary_weights(model, tokenizer=None, text: str = "", matrices: int = 4) -> Figure:
     "What became of the weights: the first ternary matrices before rounding."
-    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, BitLinear)]
-    if not layers: raise ConfigError(f"{type(model).__name__} has no ternary layer; choose another picture")
-    short = lambda name: ".".join(part for part in name.split(".") if part not in ("model", "backbone", "layers", "attn"))
-    chosen = {short(name): layer.weight.detach().float().cpu().numpy() for name, layer in layers[:matrices]}
+    layers = [(name, layer) for name,
+              layer in model.named_modules() if isinstance(layer, BitLinear)]
+    if not layers:
+        raise ConfigError(f"{type(model).__name__} has no ternary layer; choose another picture")
+    short = lambda name: ".".join(part for part in name.split(".")
+                                  if part not in ("model", "backbone", "layers", "attn"))
+    chosen = {short(name): layer.weight.detach().float().cpu().numpy() for name,
+              layer in layers[:matrices]}
     return plot_ternary_weights(chosen, columns=2)
 
 # %% ../nbs/pictures.ipynb #c1045a9b
@@ -98,13 +107,16 @@ def chunks(model, tokenizer, text: str, longest: int = 480) -> Figure:
     ids = text_ids(model, tokenizer, text, longest)
     output = model(input_ids=ids, use_cache=False)
     if getattr(output, "boundary_prob", None) is None:
-        raise ConfigError(f"{type(model).__name__} does not cut a text into chunks; choose another picture")
-    probability, mask = output.boundary_prob[0][0].float(), output.boundary_mask[0][0]   # outermost stage, (length,)
+        raise ConfigError(f"{type(model).__name__} does not cut a text into chunks; choose "
+                          f"another picture")
+    # outermost stage, (length,)
+    probability, mask = output.boundary_prob[0][0].float(), output.boundary_mask[0][0]
     return plot_boundaries(ids[0].tolist(), probability.cpu().numpy(), mask.cpu().numpy())
 
 # %% ../nbs/pictures.ipynb #e3731bea
 def _tree_of(model):
-    if not hasattr(model, "tree"): raise ConfigError(f"{type(model).__name__} is no tree; choose another picture")
+    if not hasattr(model, "tree"):
+        raise ConfigError(f"{type(model).__name__} is no tree; choose another picture")
     return model.tree
 
 def tree(model, tokenizer=None, text: str = "") -> Figure:
@@ -117,31 +129,38 @@ def growth(model, tokenizer=None, text: str = "") -> Figure:
     "How it grew: moments of the tree's life."
     usage = _tree_of(model).usage()
     events = [event for event in model.config.history or [] if "tree" in event]
-    frames = [{"step": e["step"], "tree": e["tree"], "usage": e["usage"]} for e in events if e.get("step") is not None]
-    now = {"step": frames[-1]["step"] if frames else 0, "tree": model.config.parents, "usage": usage}
+    frames = [{"step": e["step"], "tree": e["tree"], "usage": e["usage"]}
+              for e in events if e.get("step") is not None]
+    now = {"step": frames[-1]["step"] if frames else 0, "tree": model.config.parents,
+           "usage": usage}
     return plot_growth([*frames, now])
 
 # %% ../nbs/pictures.ipynb #2bd2e5fc
 def _pieces(model, tokenizer, text: str, length: int, most: int) -> torch.Tensor:
-    "The beginning of `text` as rows, int64 `[rows, length]`: at most `most`, and one shorter row where there is no whole one."
+    """The beginning of `text` as rows, int64 `[rows, length]`: at most `most`, and one shorter row
+    where there is no whole one."""
     length = min(length, getattr(model.config, "max_position_embeddings", None) or length)
     ids = tokenizer.encode(text, add_special_tokens=False)
     if len(ids) < length: return text_ids(model, tokenizer, text, length)
     rows = min(most, len(ids) // length)
-    return torch.tensor(ids[:rows * length], device=next(model.parameters()).device).view(rows, length)
+    return torch.tensor(ids[:rows * length], device=next(model.parameters()).device).view(rows,
+                                                                                          length)
 
 @torch.no_grad()
 def compatibility(model, tokenizer, text: str, length: int = 48, most: int = 12) -> Figure:
     "What its routers think: how well each child suits pieces of the text."
-    if len(_tree_of(model).nodes) < 2: raise ConfigError("the tree is its root alone and has no router yet; train it for longer")
+    if len(_tree_of(model).nodes) < 2:
+        raise ConfigError("the tree is its root alone and has no router yet; train it for longer")
     pieces = _pieces(model, tokenizer, text, length, most)
     path_log = model(input_ids=pieces, log_paths=True).path_log
     names = [tokenizer.decode(row.tolist()) for row in pieces]
-    return plot_compatibility(path_log.compatibilities(), len(pieces), model.config.parents, names=names)
+    return plot_compatibility(path_log.compatibilities(), len(pieces), model.config.parents,
+                              names=names)
 
 # %% ../nbs/pictures.ipynb #0279f0e3
 @torch.no_grad()
-def destinations(model, tokenizer, text: str, length: int = 64, most: int = 24, other: str | None = None) -> Figure:
+def destinations(model, tokenizer, text: str, length: int = 64, most: int = 24,
+                 other: str | None = None) -> Figure:
     "Which texts go where: the leaves reached by this text, another book, and this text shuffled."
     _tree_of(model)
     if other is None:
@@ -150,7 +169,8 @@ def destinations(model, tokenizer, text: str, length: int = 64, most: int = 24, 
     shuffled = list(text)
     random.Random(0).shuffle(shuffled)
     kinds, rows = [], []
-    for kind, words in (("this text", text), ("another book", other), ("letters shuffled", "".join(shuffled))):
+    for kind, words in (("this text", text), ("another book", other),
+                        ("letters shuffled", "".join(shuffled))):
         pieces = _pieces(model, tokenizer, words, length, most)
         kinds += [kind] * len(pieces)
         rows.append(pieces)

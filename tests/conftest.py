@@ -18,13 +18,16 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if "slow" in item.keywords and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
-        if "cuda" in item.keywords and not (config.getoption("--cuda") and torch.cuda.is_available()):
-            item.add_marker(pytest.mark.skip(reason="needs a GPU: run with --cuda on a machine that has one"))
+        if "cuda" in item.keywords and not (config.getoption("--cuda")
+                                            and torch.cuda.is_available()):
+            item.add_marker(pytest.mark.skip(reason="needs a GPU: run with --cuda on a machine "
+                                                    "that has one"))
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory):
-    "Prepared corpora go to a folder of this session's own, so that no earlier run can make a test pass."
+    """Prepared corpora go to a folder of this session's own, so that no earlier run can make a test
+    pass."""
     before = os.environ.get("SPROUT_LAB_CACHE")
     os.environ["SPROUT_LAB_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     yield

@@ -10,7 +10,8 @@ TOLERANCE = 1e-6
 
 
 def perturbed(model, seed: int = 0, scale: float = 0.3):
-    "A float64 copy in eval mode with every weight moved by noise of `scale` times its own size (at least 0.02)."
+    """A float64 copy in eval mode with every weight moved by noise of `scale` times its own size
+    (at least 0.02)."""
     model = copy.deepcopy(model).double().eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -22,13 +23,15 @@ def perturbed(model, seed: int = 0, scale: float = 0.3):
 
 def random_ids(model, batch: int, length: int, seed: int = 0):
     "Random token ids `(batch, length)`."
-    return torch.randint(model.config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(model.config.vocab_size, (batch, length),
+                         generator=torch.Generator().manual_seed(seed))
 
 
 def _close(a, b, what: str):
     assert a.dtype == torch.float64, "the laws are tested in float64"
     difference = (a - b).abs().max().item()
-    assert difference <= TOLERANCE * max(1.0, b.abs().max().item()), f"{what}: logits differ by {difference:.2e}"
+    assert difference <= TOLERANCE * max(1.0,
+                                         b.abs().max().item()), f"{what}: logits differ by {difference:.2e}"
 
 
 @torch.no_grad()
@@ -41,12 +44,14 @@ def check_causal(model, length: int = 24, seed: int = 0):
         changed[:, t] = (changed[:, t] + 1) % model.config.vocab_size
         after = model(changed, use_cache=False).logits
         if t: _close(after[:, :t], before[:, :t], f"causal, token {t}")
-        assert (after[:, t] - before[:, t]).abs().max() > 1e-9, f"causal: token {t} has no influence at all"
+        assert (after[:, t] - before[:,
+                                     t]).abs().max() > 1e-9, f"causal: token {t} has no influence at all"
 
 
 @torch.no_grad()
 def check_one_model(model, length: int = 20, seed: int = 0):
-    "Step-by-step decoding equals the full forward pass, after a prefill of any length, and in chunks of any size."
+    """Step-by-step decoding equals the full forward pass, after a prefill of any length, and in
+    chunks of any size."""
     ids = random_ids(model, 3, length, seed)
     full = model(ids, use_cache=False).logits
     for prefill in range(1, length):
@@ -54,7 +59,8 @@ def check_one_model(model, length: int = 20, seed: int = 0):
             output = model(ids[:, :prefill], past_key_values=cache, use_cache=True)
             pieces = [output.logits]
             for t in range(prefill, length):
-                output = model(ids[:, t:t + 1], past_key_values=output.past_key_values, use_cache=True)
+                output = model(ids[:, t:t + 1], past_key_values=output.past_key_values,
+                               use_cache=True)
                 pieces.append(output.logits)
             _close(torch.cat(pieces, 1), full, f"one model, prefill of {prefill}")
     for chunk in (2, 3, 7):
@@ -78,7 +84,8 @@ def _padded(rows: list, side: str, pad: int, extra: int = 0):
 
 @torch.no_grad()
 def check_alone_or_together(model, lengths=(1, 5, 11, 17), seed: int = 0):
-    "An example's logits depend neither on its batch mates nor on padding at either side, nor on what stands in the padding."
+    """An example's logits depend neither on its batch mates nor on padding at either side, nor on
+    what stands in the padding."""
     rows = [random_ids(model, 1, n, seed + i)[0] for i, n in enumerate(lengths)]
     alone = [model(r[None], use_cache=False).logits[0] for r in rows]
     for side in ("left", "right"):
@@ -86,12 +93,14 @@ def check_alone_or_together(model, lengths=(1, 5, 11, 17), seed: int = 0):
             ids, mask = _padded(rows, side, pad, extra)
             together = model(ids, attention_mask=mask, use_cache=False).logits
             for i, want in enumerate(alone):
-                _close(together[i][mask[i].bool()], want, f"alone or together, padding {side}, row {i}")
+                _close(together[i][mask[i].bool()], want,
+                       f"alone or together, padding {side}, row {i}")
 
 
 @torch.no_grad()
 def check_ragged_decoding(model, lengths=(1, 4, 9), steps: int = 6, seed: int = 0):
-    "Rows of different lengths, padded at either side, prefilled together and stepped together, give the logits of each row alone."
+    """Rows of different lengths, padded at either side, prefilled together and stepped together,
+    give the logits of each row alone."""
     whole = [random_ids(model, 1, n + steps, seed + i)[0] for i, n in enumerate(lengths)]
     alone = [model(r[None], use_cache=False).logits[0] for r in whole]
     for side in ("left", "right"):
@@ -100,9 +109,11 @@ def check_ragged_decoding(model, lengths=(1, 4, 9), steps: int = 6, seed: int = 
         for step in range(steps):
             mask = torch.cat([mask, mask.new_ones(len(whole), 1)], 1)
             tokens = torch.stack([r[n + step] for r, n in zip(whole, lengths)])[:, None]
-            output = model(tokens, attention_mask=mask, past_key_values=output.past_key_values, use_cache=True)
+            output = model(tokens, attention_mask=mask, past_key_values=output.past_key_values,
+                           use_cache=True)
             for i, n in enumerate(lengths):
-                _close(output.logits[i, -1], alone[i][n + step], f"ragged decoding, padding {side}, row {i}, step {step}")
+                _close(output.logits[i, -1], alone[i][n + step],
+                       f"ragged decoding, padding {side}, row {i}, step {step}")
 
 
 def check_laws(model, **kwargs):

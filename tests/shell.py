@@ -21,6 +21,7 @@ def shell(line: str) -> str:
 def refused(line: str) -> str:
     "Run a command line that must fail, in one line and with exit code 2; that line."
     err = io.StringIO()
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as left: main(shlex.split(line))
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as left:
+        main(shlex.split(line))
     assert left.value.code == 2 and err.getvalue().count("\n") == 1, err.getvalue()
     return err.getvalue()

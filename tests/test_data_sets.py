@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from sprout_lab.configs import ConfigError, DataConfig
 from sprout_lab.data.corpora import hub_reachable, load_corpus
 from sprout_lab.data.datasets import DatasetConfig, HuggingFaceDataset, HuggingFaceStream, TextDirectoryDataset, TokenSequences, collate_fn, print_dataset_stats
-from sprout_lab.data.prepare import load_data, prepare_from_options
+from sprout_lab.data.prepare import PrepareConfig, load_data, prepare_from_config
 from sprout_lab.data.tokens import TokenFile
 
 ROOT = Path(__file__).parent.parent
@@ -32,6 +32,9 @@ def refused(call, *parts):
     text = str(error.value)
     assert "\n" not in text and 10 < len(text) < 500, text
     for part in parts: assert part in text, text
+
+
+def prepared(**settings) -> dict: return prepare_from_config(PrepareConfig(**settings))
 
 
 def rows(texts, column="text"): return datasets.Dataset.from_dict({column: texts, "id": list(range(len(texts)))})
@@ -108,7 +111,7 @@ def test_hub_names_without_a_network(name, monkeypatch, tmp_path):
     parts = ["needs the network", "shakespeare and tales"] + ["SPROUT_LAB_DATA"] * (name == "wikitext")
     refused(lambda: load_corpus(name), *parts)
     refused(lambda: HuggingFaceDataset(DatasetConfig(dataset_name=name)), *parts)
-    refused(lambda: prepare_from_options(dataset=name, output=tmp_path / "out"), *parts)
+    refused(lambda: prepared(dataset=name, output=tmp_path / "out"), *parts)
     assert not (tmp_path / "out").exists()
 
 
@@ -185,23 +188,23 @@ def test_preparing_like_the_guides(tmp_path, capsys):
     tokenizer = Tokenizer(*train_bpe(texts / "0.txt", 280, ["<|endoftext|>"]), ["<|endoftext|>"])
     tokenizer.save(tmp_path / "vocab.json", tmp_path / "merges.txt")
     files = dict(vocab=str(tmp_path / "vocab.json"), merges=str(tmp_path / "merges.txt"))
-    stats = prepare_from_options(**files, input_path=str(texts), output=str(tmp_path / "data"), create_stats=True)
+    stats = prepared(**files, input=str(texts), output=str(tmp_path / "data"), create_stats=True)
     assert "most frequent" in capsys.readouterr().out
-    again = prepare_from_options(**files, input_path=str(texts), output=str(tmp_path / "data"), max_seq_length=16)
+    again = prepared(**files, input=str(texts), output=str(tmp_path / "data"), max_seq_length=16)
     assert again["splits"]["train"]["num_sequences"] == (stats["splits"]["train"]["num_tokens"] - 1) // 16
     stats = again
     assert stats["splits"]["train"]["used_tokens"] > 10 and json.loads((tmp_path / "data" / "stats.json").read_text()) == stats
     assert TokenFile.open(tmp_path / "data" / "train.bin", tokenizer).num_documents + TokenFile.open(tmp_path / "data" / "val.bin").num_documents == 12
-    prepare_from_options(**files, input_path=str(texts / "0.txt"), output=str(tmp_path / "ids"), file_format="ids")
+    prepared(**files, input=str(texts / "0.txt"), output=str(tmp_path / "ids"), format="ids")
     words = (tmp_path / "ids" / "train.txt").read_text().split()
     assert tokenizer.decode(map(int, words)) == (texts / "0.txt").read_text()[:int(len((texts / "0.txt").read_text()) * 0.9)]
     (tmp_path / "stories.jsonl").write_text("".join(json.dumps({"text": s}) + "\n" for s in STORIES))
-    stats = prepare_from_options(dataset=str(tmp_path / "stories.jsonl"), output=str(tmp_path / "stories"), max_seq_length=64, max_samples=40)
+    stats = prepared(dataset=str(tmp_path / "stories.jsonl"), output=str(tmp_path / "stories"), max_seq_length=64, max_samples=40)
     assert sum(s["num_documents"] for s in stats["splits"].values()) == 40 and stats["splits"]["train"]["num_sequences"] > 5
-    refused(lambda: prepare_from_options(dataset=str(tmp_path / "stories.jsonl"), output=str(tmp_path / "stories"), max_samples=30), "max_samples was 40 and is 30")
-    prepare_from_options(dataset=str(tmp_path / "stories.jsonl"), output=str(tmp_path / "stories"), max_samples=30, overwrite=True)
-    refused(lambda: prepare_from_options(output="x"), "--input")
-    refused(lambda: prepare_from_options(output="x", input_path="a", dataset="b"), "both")
-    refused(lambda: prepare_from_options(output="x", dataset="tales", vocab="v.json"), "merges")
-    refused(lambda: prepare_from_options(output="x", dataset="tales", **files, tokenizer="byte"), "both")
-    refused(lambda: prepare_from_options(output=str(tmp_path / "merges.txt" / "x"), dataset="tales"), "cannot be written")
+    refused(lambda: prepared(dataset=str(tmp_path / "stories.jsonl"), output=str(tmp_path / "stories"), max_samples=30), "max_samples was 40 and is 30")
+    prepared(dataset=str(tmp_path / "stories.jsonl"), output=str(tmp_path / "stories"), max_samples=30, overwrite=True)
+    refused(lambda: prepared(output="x"), "--input")
+    refused(lambda: prepared(output="x", input="a", dataset="b"), "both")
+    refused(lambda: prepared(output="x", dataset="tales", vocab="v.json"), "merges")
+    refused(lambda: prepared(output="x", dataset="tales", **files, tokenizer="byte"), "both")
+    refused(lambda: prepared(output=str(tmp_path / "merges.txt" / "x"), dataset="tales"), "cannot be written")

@@ -1,4 +1,5 @@
-"""The hierarchical model: the laws through chunk boundaries, packing, the router's ratio and gradients, generation, two processes, saving, and its configuration."""
+"""The hierarchical model: the laws through chunk boundaries, packing, the router's ratio and
+gradients, generation, two processes, saving, and its configuration."""
 import json
 import os
 import subprocess
@@ -8,20 +9,24 @@ from pathlib import Path
 import pytest
 import torch
 from laws import check_laws, perturbed, random_ids
+from torch.testing import assert_close
 
 from sprout_lab.configs import ConfigError, preset_names, read_preset, read_settings, resolve
 from sprout_lab.decoding.engine import Engine
-from sprout_lab.models.hnet import (Boundaries, ChunkLayer, DeChunkLayer, HNetBitConfig, HNetBitForCausalLM, RoutingModule, chunk_statistics,
-                                    ratio_loss)
-from sprout_lab.models.slm import Rows, StateLayer
+from sprout_lab.models.hnet import (Boundaries, ChunkLayer, DeChunkLayer, HNetBitConfig,
+                                    HNetBitForCausalLM, RoutingModule, chunk_statistics, ratio_loss)
+from sprout_lab.models.recurrent import RaggedBatch, StateLayer
 
 root = Path(__file__).resolve().parent.parent
 SMALL = dict(d_model=[16, 24], num_blocks=[[1, 0, 1], [2]])
 VARIANTS = {
     "one stage": {},
     "convolution": dict(use_short_conv=True, expand_ratio=2, num_blocks=[[1, 0, 1], [1]]),
-    "two stages, attention": dict(d_model=[16, 24, 24], num_blocks=[[1, 0, 1], [1, 0, 1], [2]], inner_pattern="xa", sliding_window=3, num_attention_heads=2),
-    "attention alone, tied head": dict(d_model=[16, 16], num_blocks=[[0, 0, 1], [1]], inner_pattern="a", tie_word_embeddings=True),
+    "two stages, attention": dict(
+        d_model=[16, 24, 24], num_blocks=[[1, 0, 1], [1, 0, 1], [2]], inner_pattern="xa",
+        sliding_window=3, num_attention_heads=2),
+    "attention alone, tied head": dict(
+        d_model=[16, 16], num_blocks=[[0, 0, 1], [1]], inner_pattern="a", tie_word_embeddings=True),
     "no hierarchy": dict(d_model=[16], num_blocks=[[2]]),
 }
 
@@ -39,12 +44,14 @@ def test_laws(variant):
 @pytest.mark.parametrize("variant", ("one stage", "convolution", "two stages, attention"))
 @torch.no_grad()
 def test_every_split_of_a_ragged_batch(variant):
-    "Prefill to any point, then steps; rows of different lengths, padded on the left or right, cross boundaries at different times."
+    """Prefill to any point, then steps; rows of different lengths, padded on the left or right, cross
+    boundaries at different times."""
     model = perturbed(small(**VARIANTS[variant]))
     lengths, steps = (4, 9, 6), 5
     texts = [random_ids(model, 1, n + steps, n)[0] for n in lengths]
     alone = [model(t[None]) for t in texts]
-    assert len({tuple(a.boundary_mask[0][0, :9].tolist()) for a in alone}) > 1, "rows must cross boundaries at different times"
+    cuts = {tuple(a.boundary_mask[0][0, :9].tolist()) for a in alone}
+    assert len(cuts) > 1, "rows must cross boundaries at different times"
     for side in ("left", "right"):
         ids, mask = torch.full((3, 9), 7), torch.zeros(3, 9, dtype=torch.long)
         for row, (text, n) in enumerate(zip(texts, lengths)):
@@ -56,17 +63,20 @@ def test_every_split_of_a_ragged_batch(variant):
                 output = model(piece, attention_mask=part, past_key_values=cache, use_cache=True)
                 cache = output.past_key_values
                 seen.append(output)
-            logits, prob = torch.cat([s.logits for s in seen], 1), torch.cat([s.boundary_prob[-1] for s in seen], 1)
+            logits = torch.cat([s.logits for s in seen], 1)
+            prob = torch.cat([s.boundary_prob[-1] for s in seen], 1)
             for row, n in enumerate(lengths):
                 real = mask[row].bool()
-                torch.testing.assert_close(logits[row][real], alone[row].logits[0, :n], rtol=0, atol=1e-9)
-                torch.testing.assert_close(prob[row][real], alone[row].boundary_prob[-1][0, :n], rtol=0, atol=1e-9)
+                assert_close(logits[row][real], alone[row].logits[0, :n], rtol=0, atol=1e-9)
+                want = alone[row].boundary_prob[-1][0, :n]
+                assert_close(prob[row][real], want, rtol=0, atol=1e-9)
             if split not in (1, 8): continue
             for step in range(steps):
                 tokens = torch.stack([t[n + step] for t, n in zip(texts, lengths)])[:, None]
                 output = model(tokens, past_key_values=cache)
                 for row, n in enumerate(lengths):
-                    torch.testing.assert_close(output.logits[row, -1], alone[row].logits[0, n + step], rtol=0, atol=1e-9)
+                    want = alone[row].logits[0, n + step]
+                    assert_close(output.logits[row, -1], want, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -76,11 +86,14 @@ def test_packed_documents_are_as_if_alone(variant):
     texts = [random_ids(model, 1, n, n)[0] for n in (5, 1, 2, 11)]
     alone = torch.cat([model(t[None], use_cache=False).logits[0] for t in texts])
     flat, positions = torch.cat(texts)[None], torch.cat([torch.arange(len(t)) for t in texts])[None]
-    torch.testing.assert_close(model(flat, cu_seqlens=torch.tensor([0, 5, 6, 8, 19])).logits[0], alone, rtol=0, atol=1e-9)
+    by_offsets = model(flat, cu_seqlens=torch.tensor([0, 5, 6, 8, 19])).logits[0]
+    assert_close(by_offsets, alone, rtol=0, atol=1e-9)
     for split in range(1, 19):
         first = model(flat[:, :split], position_ids=positions[:, :split], use_cache=True)
-        second = model(flat[:, split:], position_ids=positions[:, split:], past_key_values=first.past_key_values)
-        torch.testing.assert_close(torch.cat((first.logits, second.logits), 1)[0], alone, rtol=0, atol=1e-9)
+        second = model(flat[:, split:], position_ids=positions[:, split:],
+                       past_key_values=first.past_key_values)
+        both = torch.cat((first.logits, second.logits), 1)[0]
+        assert_close(both, alone, rtol=0, atol=1e-9)
 
 
 @torch.no_grad()
@@ -88,27 +101,27 @@ def test_forward_and_step_of_each_part():
     torch.manual_seed(0)
     router, chunk, dechunk = RoutingModule(8).double(), ChunkLayer(), DeChunkLayer()
     x = torch.randn(3, 10, 8, dtype=torch.float64)
-    found = router(x, Rows())
-    kept, order, inner = chunk(x, found.mask, Rows())
-    y = dechunk(kept, order, inner, found)
-    memory, upward = StateLayer(), StateLayer()
+    boundaries = router(x, RaggedBatch())
+    kept, kept_idx, inner_batch = chunk(x, boundaries.mask, RaggedBatch())
+    y = dechunk(kept, kept_idx, inner_batch, boundaries)
+    routing_state, dechunk_state = StateLayer(), StateLayer()
     for t in range(10):
-        now = router.step(x[:, t:t + 1], memory)
-        torch.testing.assert_close(now.prob[:, 0], found.prob[:, t])
-        z, at = chunk.step(x[:, t:t + 1], now.mask)
-        torch.testing.assert_close(dechunk.step(z, at, now, upward)[:, 0], y[:, t])
-    same = x[:, :1].expand(-1, 10, -1)                              # a text that does not change direction: one chunk
-    torch.nn.init.eye_(router.q_proj.weight); torch.nn.init.eye_(router.k_proj.weight)
-    assert router(same, Rows()).mask.sum(1).tolist() == [1, 1, 1]
+        now = router.step(x[:, t:t + 1], routing_state)
+        assert_close(now.prob[:, 0], boundaries.prob[:, t])
+        z, active_rows = chunk.step(x[:, t:t + 1], now.mask)
+        assert_close(dechunk.step(z, active_rows, now, dechunk_state)[:, 0], y[:, t])
+    same = x[:, :1].expand(-1, 10, -1)                              # it never changes direction: one chunk
+    for layer in (router.q_proj, router.k_proj): torch.nn.init.eye_(layer.weight)
+    assert router(same, RaggedBatch()).mask.sum(1).tolist() == [1, 1, 1]
 
 
 def test_confidence_is_one_forward_and_itself_backward():
     z, prob = torch.randn(1, 2, 3), torch.tensor([[1.0, 0.3, 0.8]], requires_grad=True)
-    mask, order = torch.tensor([[True, False, True]]), torch.tensor([[0, 2]])
-    y = DeChunkLayer()(z, order, Rows(), Boundaries(prob, mask))
+    mask, kept_idx = torch.tensor([[True, False, True]]), torch.tensor([[0, 2]])
+    y = DeChunkLayer()(z, kept_idx, RaggedBatch(), Boundaries(prob, mask))
     assert torch.equal(y[0, 0], y[0, 1])
     (gradient,) = torch.autograd.grad(y[0, 1].sum(), prob)
-    torch.testing.assert_close(gradient[0, 1], -y[0, 1].sum())      # c = 1 - p at a place that is no boundary
+    assert_close(gradient[0, 1], -y[0, 1].sum())      # c = 1 - p at a place that is no boundary
 
 
 def test_ratio_loss_and_its_place():
@@ -116,15 +129,17 @@ def test_ratio_loss_and_its_place():
     mask, valid = torch.zeros(2, 8, dtype=torch.bool), torch.ones(2, 8, dtype=torch.bool)
     mask[:, ::2] = True
     loss = ratio_loss(prob, mask, 2.0, valid)
-    torch.testing.assert_close(loss, torch.tensor(1.0))
+    assert_close(loss, torch.tensor(1.0))
     half = valid.clone()
     half[:, 4:] = False
-    torch.testing.assert_close(ratio_loss(prob.masked_fill(~half, 0.0), mask & half, 2.0, half), loss)   # padding does not count
+    padded = ratio_loss(prob.masked_fill(~half, 0.0), mask & half, 2.0, half)
+    assert_close(padded, loss)                        # padding does not count
     model, ids = small(), torch.randint(256, (2, 30), generator=torch.Generator().manual_seed(0))
     training = model(ids, labels=ids)
     evaluated = model.eval()(ids, labels=ids)
-    torch.testing.assert_close(training.loss, evaluated.loss + 0.03 * training.ratio_loss[0])
-    torch.testing.assert_close(model.train()(ids, labels=ids, num_items_in_batch=116).loss, training.loss / 2)
+    assert_close(training.loss, evaluated.loss + 0.03 * training.ratio_loss[0])
+    half = model.train()(ids, labels=ids, num_items_in_batch=116).loss
+    assert_close(half, training.loss / 2)
     assert small(ratio_loss_weight=0.0)(ids, labels=ids).aux_loss == 0
 
 
@@ -144,15 +159,18 @@ def test_it_learns_the_next_byte_and_stops_at_the_end():
     ids = torch.tensor([document * 4])
     train(model, lambda step: ids, 130)
     model.eval()
-    with torch.no_grad(): assert (model(ids).logits[0].argmax(-1)[19:-1] == ids[0, 20:]).all()
+    with torch.no_grad(): predicted = model(ids).logits[0].argmax(-1)
+    assert (predicted[19:-1] == ids[0, 20:]).all()
     out = model.generate(torch.tensor([document + document[:4]]), max_new_tokens=60, do_sample=False)
     assert out[0, len(document):].tolist() == document
 
 
 def test_the_router_keeps_its_ratio_and_learns():
-    text = torch.tensor(list((b"the quick brown fox jumps over the lazy dog and the small cat sleeps. " * 20)))
-    generator = torch.Generator().manual_seed(0)
-    def batch(step): return torch.stack([text[a:a + 48] for a in torch.randint(len(text) - 48, (8,), generator=generator)])
+    sentence = b"the quick brown fox jumps over the lazy dog and the small cat sleeps. "
+    text, generator = torch.tensor(list(sentence * 20)), torch.Generator().manual_seed(0)
+    def batch(step):
+        begins = torch.randint(len(text) - 48, (8,), generator=generator)
+        return torch.stack([text[a:a + 48] for a in begins])
     model = small(d_model=[32, 32], target_chunk_size=5.0, ratio_loss_weight=0.3)
     start = model.backbone.routing.q_proj.weight.detach().clone()
     train(model, batch, 80)
@@ -162,14 +180,17 @@ def test_the_router_keeps_its_ratio_and_learns():
 
 
 def checkpoint(model):
-    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()   # renamed in transformers 5.23
+    # renamed in transformers 5.23
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
 
 
 def test_training_under_autocast_and_checkpointing():
-    model, ids = small(**VARIANTS["two stages, attention"]), torch.randint(256, (2, 20), generator=torch.Generator().manual_seed(0))
+    model = small(**VARIANTS["two stages, attention"])
+    ids = torch.randint(256, (2, 20), generator=torch.Generator().manual_seed(0))
     with torch.autocast("cpu", torch.bfloat16): loss = model(ids, labels=ids).loss
     loss.backward()
-    assert loss.isfinite() and all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    assert loss.isfinite()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
     model.zero_grad()
     model(ids, labels=ids).loss.backward()
     want = [p.grad.clone() for p in model.parameters()]
@@ -184,8 +205,10 @@ def test_generation_padded_beams_and_engine():
     alone = [model.generate(p[None], max_new_tokens=8, do_sample=False)[0, len(p):] for p in prompts]
     ids, mask = torch.zeros(2, 7, dtype=torch.long), torch.zeros(2, 7, dtype=torch.long)
     for row, p in enumerate(prompts): ids[row, 7 - len(p):], mask[row, 7 - len(p):] = p, 1
-    assert torch.equal(model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False)[:, 7:], torch.stack(alone))
-    beams = [model.generate(prompts[1][None], max_new_tokens=6, num_beams=3, do_sample=False, use_cache=cached) for cached in (True, False)]
+    together = model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False)[:, 7:]
+    assert torch.equal(together, torch.stack(alone))
+    how = dict(max_new_tokens=6, num_beams=3, do_sample=False)
+    beams = [model.generate(prompts[1][None], use_cache=cached, **how) for cached in (True, False)]
     assert torch.equal(*beams)
     engine = Engine(model)
     state, tokens = engine.prefill([p.tolist() for p in prompts]), []
@@ -195,7 +218,7 @@ def test_generation_padded_beams_and_engine():
     assert torch.equal(torch.stack(tokens, 1), torch.stack(alone))
     fork = engine.select(engine.fork(state, 2), [3, 0])
     state = engine.step(state, [5, 6])
-    torch.testing.assert_close(engine.step(fork, [6, 5]).logits, state.logits[[1, 0]], rtol=0, atol=1e-9)
+    assert_close(engine.step(fork, [6, 5]).logits, state.logits[[1, 0]], rtol=0, atol=1e-9)
     assert len(engine.drop(state, [0])) == 1
 
 
@@ -217,7 +240,8 @@ def test_learning_rates_per_stage():
     from sprout_lab.trainers.optimizers import build_optimizer
     for optimizer in ("adamw", "muon"):   # every parameter stands in a group of its own factor, once
         groups = build_optimizer(model, TrainingConfig(optimizer=optimizer)).param_groups
-        assert {id(p): g["lr_scale"] for g in groups for p in g["params"]} == {id(p): p.lr_scale for p in model.parameters()}
+        grouped = {id(p): g["lr_scale"] for g in groups for p in g["params"]}
+        assert grouped == {id(p): p.lr_scale for p in model.parameters()}
         assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
 
 
@@ -227,15 +251,17 @@ from torch.nn.parallel import DistributedDataParallel
 from sprout_lab.models.hnet import HNetBitConfig, HNetBitForCausalLM
 dist.init_process_group("gloo")
 torch.manual_seed(0)
-model = DistributedDataParallel(HNetBitForCausalLM(HNetBitConfig(d_model=[16, 24], num_blocks=[[1, 0, 1], [1]], ratio_loss_weight=0.0)))
+config = HNetBitConfig(d_model=[16, 24], num_blocks=[[1, 0, 1], [1]], ratio_loss_weight=0.0)
+model = DistributedDataParallel(HNetBitForCausalLM(config))
 ids = torch.randint(256, (2, 12), generator=torch.Generator().manual_seed(0))
 mine = ids[dist.get_rank():][:1]
 model(mine, labels=mine).loss.backward()
 if dist.get_rank() == 0:
     torch.manual_seed(0)
-    alone = HNetBitForCausalLM(HNetBitConfig(d_model=[16, 24], num_blocks=[[1, 0, 1], [1]], ratio_loss_weight=0.0))
+    alone = HNetBitForCausalLM(config)
     alone(ids, labels=ids).loss.backward()
-    for a, b in zip(model.module.parameters(), alone.parameters()): torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
+    for a, b in zip(model.module.parameters(), alone.parameters()):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
     print("equal")
 dist.destroy_process_group()
 """
@@ -244,34 +270,53 @@ dist.destroy_process_group()
 def test_two_processes_have_the_gradients_of_one(tmp_path):
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120)
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*run, str(script)], env=environment, capture_output=True, text=True,
+                          timeout=120)
     assert done.returncode == 0 and "equal" in done.stdout, done.stderr[-2000:]
 
 
 def test_configuration_errors():
-    for fields, words in ((dict(d_model=[24, 16]), "may not be narrower"), (dict(d_model=[16]), "one entry per stage"), (dict(num_blocks=[[1, 1, 1], [2]]), r"must be \[encoder, 0, decoder\]"),
-                          (dict(num_blocks=[[1, 0, 1], [0]]), "at least 1"), (dict(d_model="wide"), "a list is needed"), (dict(d_model=[16, "x"]), "list of widths|a list"),
-                          (dict(inner_pattern="xy"), "letters x or a"), (dict(lr_multiplier=[1.0]), "one factor above 0"), (dict(target_chunk_size=1.0), "above 1"),
-                          (dict(num_attention_heads=5), "multiples of num_attention_heads=5"), (dict(num_bloks=1), "did you mean 'num_blocks'")):
+    wrong = (
+        (dict(d_model=[24, 16]), "may not be narrower"), (dict(d_model=[16]), "one entry per stage"),
+        (dict(num_blocks=[[1, 1, 1], [2]]), r"must be \[encoder, 0, decoder\]"),
+        (dict(num_blocks=[[1, 0, 1], [0]]), "at least 1"),
+        (dict(d_model="wide"), "a list is needed"), (dict(d_model=[16, "x"]), "list of widths|a list"),
+        (dict(inner_pattern="xy"), "letters x or a"),
+        (dict(lr_multiplier=[1.0]), "one factor above 0"), (dict(target_chunk_size=1.0), "above 1"),
+        (dict(num_attention_heads=5), "multiples of num_attention_heads=5"),
+        (dict(eos_token_id=256), "outside vocab_size=256"),
+        (dict(num_bloks=1), "did you mean 'num_blocks'"))
+    for fields, words in wrong:
         with pytest.raises(ConfigError, match=words): HNetBitConfig(**{**SMALL, **fields})
 
 
 def test_presets_and_the_guides_format(tmp_path):
     millions = {}
     for name in preset_names("hnet"):
-        run = resolve("hnet", HNetBitConfig, presets=[name])
-        with torch.device("meta"): millions[name] = sum(p.numel() for p in HNetBitForCausalLM(HNetBitConfig(**run.model)).parameters()) / 1e6
-    assert {k: round(v, 1) for k, v in millions.items() if k.startswith("hnet_bit")} == {"hnet_bit_1stage": 21.4, "hnet_bit_2stage": 189.7}
-    assert {k: round(millions[k]) for k in ("nano", "mini", "small", "base")} == {"nano": 1, "mini": 10, "small": 29, "base": 100}
-    nano = {k: v for k, v in read_preset("hnet", "nano").items() if k in HNetBitConfig.settings.model_fields}
-    assert (HNetBitConfig().ratio_loss_weight, nano.pop("ratio_loss_weight")) == (0.03, 0.3)   # the guide's own weight is the default
+        config = HNetBitConfig(**resolve("hnet", HNetBitConfig, presets=[name]).model)
+        with torch.device("meta"): millions[name] = HNetBitForCausalLM(config).num_parameters() / 1e6
+    guides = {k: round(v, 1) for k, v in millions.items() if k.startswith("hnet_bit")}
+    assert guides == {"hnet_bit_1stage": 21.4, "hnet_bit_2stage": 189.7}
+    sizes = {k: round(millions[k]) for k in ("nano", "mini", "small", "base")}
+    assert sizes == {"nano": 1, "mini": 10, "small": 30, "base": 100}
+    fields = HNetBitConfig.settings.model_fields
+    nano = {k: v for k, v in read_preset("hnet", "nano").items() if k in fields}
+    assert nano.pop("ratio_loss_weight") == 0.3
+    assert HNetBitConfig().ratio_loss_weight == 0.03                # the guide's own is the default
     assert HNetBitConfig().to_dict() == HNetBitConfig(**nano).to_dict()
-    (tmp_path / "mine.json").write_text(json.dumps({
-        "model_type": "hnet_bit", "vocab_size": 256, "d_model": [384, 512, 768], "num_blocks": [[3, 0, 3], [3, 0, 3], [6]], "num_heads": 1, "expand_ratio": 1,
-        "hidden_ratio": 4, "attn_mode": "fused_recurrent", "max_position_embeddings": 2048, "rms_norm_eps": 1e-6}))
+    (tmp_path / "mine.json").write_text(json.dumps(GUIDES_FORMAT))
     content = {k: v for k, v in read_settings(tmp_path / "mine.json").items() if k != "family"}
     run = resolve("hnet", HNetBitConfig, flags=content)
-    assert HNetBitConfig(**run.model).d_model == [384, 512, 768] and run.model["num_attention_heads"] == 1
-    flags = resolve("hnet", HNetBitConfig, flags={"d_model": ["64", "96"], "num_blocks": ["[1,0,1]", "[2]"]})
-    assert flags.model["d_model"] == [64, 96] and flags.model["num_blocks"] == [[1, 0, 1], [2]]
+    assert HNetBitConfig(**run.model).d_model == [384, 512, 768]
+    assert run.model["num_attention_heads"] == 1
+    flags = {"d_model": ["64", "96"], "num_blocks": ["[1,0,1]", "[2]"]}
+    model = resolve("hnet", HNetBitConfig, flags=flags).model
+    assert (model["d_model"], model["num_blocks"]) == ([64, 96], [[1, 0, 1], [2]])
+
+
+GUIDES_FORMAT = {
+    "model_type": "hnet_bit", "vocab_size": 256, "d_model": [384, 512, 768],
+    "num_blocks": [[3, 0, 3], [3, 0, 3], [6]], "num_heads": 1, "expand_ratio": 1, "hidden_ratio": 4,
+    "attn_mode": "fused_recurrent", "max_position_embeddings": 2048, "rms_norm_eps": 1e-6}

@@ -1,4 +1,5 @@
-"""README.md from nbs/index.ipynb: hidden cells dropped, text outputs as code. `--check` only says whether they are in step."""
+"""README.md from nbs/index.ipynb: hidden cells dropped, text outputs as code. `--check` only says
+whether they are in step."""
 import json
 import sys
 from configparser import ConfigParser

@@ -23,10 +23,12 @@ def _mix(x: np.ndarray, key: int) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 def permute(positions, n: int, seed: int) -> np.ndarray:
-    "Where a seeded permutation of 0 … n-1 sends each of `positions` (int64 array, same shape). Constant memory for any n."
+    """Where a seeded permutation of 0 … n-1 sends each of `positions` (int64 array, same shape).
+    Constant memory for any n."""
     half = np.uint64(max(1, (max(n - 1, 1).bit_length() + 1) // 2))
     mask = np.uint64((1 << int(half)) - 1)
-    keys = np.random.Generator(np.random.Philox(key=np.array([seed & (2**64 - 1), 2], np.uint64))).integers(0, 2**64, 4, dtype=np.uint64)
+    stream = np.random.Philox(key=np.array([seed & (2**64 - 1), 2], np.uint64))
+    keys = np.random.Generator(stream).integers(0, 2**64, 4, dtype=np.uint64)
     values = np.array(positions, dtype=np.uint64, ndmin=1)
     outside = np.ones(values.shape, bool)
     while outside.any():
@@ -37,64 +39,90 @@ def permute(positions, n: int, seed: int) -> np.ndarray:
         outside = values >= n
     return values.astype(np.int64).reshape(np.shape(positions))
 
+# %% ../../nbs/data/batches.ipynb #b83356ba
+def _generator(seed: int, stream: int, counter: int = 0) -> np.random.Generator:
+    "The random numbers that belong to (seed, stream, counter)."
+    key = np.array([seed & (2**64 - 1), stream], np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, counter]))
+
+def _too_short(tokens, sequence_length: int) -> ConfigError:
+    name = getattr(tokens, "name", "") or "the training data"
+    needed = f"a window with its target needs {sequence_length + 1:,}"
+    problem = f"{name} has {len(tokens):,} tokens, and {needed}"
+    instead = "use more data or a shorter sequence_length"
+    return ConfigError(f"sequence_length={sequence_length}: {problem}; {instead}")
+
 # %% ../../nbs/data/batches.ipynb #e556e3c9
 class Batches:
-    """Training batches over a stream of token ids: `batch(index)` depends on (tokens, seed, index) alone.
+    """Training batches over a stream of token ids: `batch(index)` depends on (tokens, seed,
+    index) alone.
 
-    `tokens`: a `TokenFile` or a one-dimensional integer array. `order`: "random" (starts uniform over all valid ones) or "shuffle" (every
-    window of a grid once per epoch; the grid shifts by less than a window from epoch to epoch, so that no token is always left over).
-    Raises `ConfigError` if the stream is shorter than one window and its target."""
+    `tokens`: a `TokenFile` or a one-dimensional integer array. `order`: "random" (starts uniform
+    over all valid ones) or "shuffle" (every window of a grid once per epoch; the grid shifts by
+    less than a window from epoch to epoch, so that no token is always left over). Raises
+    `ConfigError` if the stream is shorter than one window and its target."""
 
-    def __init__(self, tokens, batch_size: int, sequence_length: int, seed: int = 0, order: str = "random"):
-        if order not in ("random", "shuffle"): raise ConfigError(f"order={order!r}: one of random, shuffle is needed")
-        if len(tokens) < sequence_length + 1:
-            name = getattr(tokens, "name", "") or "the training data"
-            raise ConfigError(f"sequence_length={sequence_length}: {name} has {len(tokens):,} tokens, and a window with its target needs {sequence_length + 1:,}; use more data or a shorter sequence_length")
-        self.tokens, self.batch_size, self.sequence_length, self.seed, self.order = tokens, batch_size, sequence_length, seed, order
+    def __init__(self, tokens, batch_size: int, sequence_length: int, seed: int = 0,
+                 order: str = "random"):
+        if order not in ("random", "shuffle"):
+            raise ConfigError(f"order={order!r}: choose from random, shuffle")
+        if len(tokens) < sequence_length + 1: raise _too_short(tokens, sequence_length)
+        self.tokens, self.batch_size, self.sequence_length = tokens, batch_size, sequence_length
+        self.seed, self.order = seed, order
         self.num_windows = (len(tokens) - 1) // sequence_length
 
     @property
     def batches_per_epoch(self) -> int:
-        "Batches until as many windows were seen as fit side by side into the stream; the last one of an epoch may reach into the next."
+        """Batches until as many windows were seen as fit side by side into the stream; the last
+        one of an epoch may reach into the next."""
         return math.ceil(self.num_windows / self.batch_size)
-
-    def _random(self, counter: int, stream: int) -> np.random.Generator:
-        return np.random.Generator(np.random.Philox(key=np.array([self.seed & (2**64 - 1), stream], np.uint64), counter=[0, 0, 0, counter]))
 
     def starts(self, index: int) -> np.ndarray:
         "Where the windows of batch `index` begin, int64 [batch_size]."
         if self.order == "random":
-            return self._random(index, 0).integers(0, len(self.tokens) - self.sequence_length, self.batch_size)
+            last = len(self.tokens) - self.sequence_length
+            return _generator(self.seed, 0, index).integers(0, last, self.batch_size)
         samples = index * self.batch_size + np.arange(self.batch_size)
-        starts = np.empty(self.batch_size, np.int64)
-        for epoch in np.unique(samples // self.num_windows):
-            here = samples // self.num_windows == epoch
-            random = self._random(int(epoch), 1)
-            spare = len(self.tokens) - 1 - self.num_windows * self.sequence_length   # tokens that the grid leaves over
-            shift = int(random.integers(0, spare + 1))
-            starts[here] = shift + self.sequence_length * permute(samples[here] % self.num_windows, self.num_windows, int(random.integers(0, 2**63)))
+        starts, epochs = np.empty(self.batch_size, np.int64), samples // self.num_windows
+        for epoch in np.unique(epochs):
+            in_epoch = epochs == epoch
+            starts[in_epoch] = self._epoch_starts(int(epoch), samples[in_epoch] % self.num_windows)
         return starts
+
+    def _epoch_starts(self, epoch: int, samples: np.ndarray) -> np.ndarray:
+        "Where the windows with these numbers within an epoch begin."
+        random = _generator(self.seed, 1, epoch)
+        # left over by the grid
+        spare = len(self.tokens) - 1 - self.num_windows * self.sequence_length
+        shift = int(random.integers(0, spare + 1))
+        windows = permute(samples, self.num_windows, int(random.integers(0, 2**63)))
+        return shift + self.sequence_length * windows
 
     def batch(self, index: int) -> dict:
         "Batch number `index`: `input_ids` and `shift_labels`, int64 [batch_size, sequence_length]."
-        rows = torch.from_numpy(gather(self.tokens, self.starts(index), self.sequence_length + 1))
+        rows = gather(self.tokens, self.starts(index), self.sequence_length + 1)
+        rows = torch.from_numpy(rows)   # [batch_size, sequence_length + 1]
         return {"input_ids": rows[:, :-1].contiguous(), "shift_labels": rows[:, 1:].contiguous()}
 
 # %% ../../nbs/data/batches.ipynb #4df7365c
 class Windows:
-    """Consecutive windows over held-out tokens, as batches of `input_ids` and `shift_labels`, int64 [≤ batch_size, sequence_length].
+    """Consecutive windows over held-out tokens, as batches of `input_ids` and `shift_labels`,
+    int64 [≤ batch_size, sequence_length].
 
-    Each token but the first is a target exactly once. The last window may be short: its labels are padded with -100, and that batch carries
-    an `attention_mask`. With `max_batches`, as many batches of whole windows, spread evenly over the stream, the same ones every time."""
+    Each token but the first is a target exactly once. The last window may be short: its labels
+    are padded with -100, and that batch carries an `attention_mask`. With `max_batches`, as many
+    batches of whole windows, spread evenly over the stream, the same ones every time."""
 
     def __init__(self, tokens, sequence_length: int, batch_size: int, max_batches: int | None = None):
         if len(tokens) < 2:
-            raise ConfigError(f"the held-out data has {len(tokens)} tokens, and at least 2 are needed; use more data or a larger val_fraction")
+            problem = f"the held-out data has {len(tokens)} tokens, and at least 2 are needed"
+            raise ConfigError(f"{problem}; use more data or a larger val_fraction")
         self.tokens, self.sequence_length, self.batch_size = tokens, sequence_length, batch_size
         windows = math.ceil((len(tokens) - 1) / sequence_length)
         if max_batches is not None and max_batches * batch_size < windows:
             whole = (len(tokens) - 1) // sequence_length
-            self._windows = np.arange(max_batches * batch_size) * whole // (max_batches * batch_size)
+            number = max_batches * batch_size
+            self._windows = np.arange(number) * whole // number
         else: self._windows = np.arange(windows)
 
     def __len__(self) -> int: return math.ceil(len(self._windows) / self.batch_size)
@@ -102,16 +130,20 @@ class Windows:
     @property
     def num_targets(self) -> int:
         "How many tokens are predicted in one pass over these windows."
-        return int(np.minimum(self.sequence_length, len(self.tokens) - 1 - self._windows * self.sequence_length).sum())
+        left = len(self.tokens) - 1 - self._windows * self.sequence_length
+        return int(np.minimum(self.sequence_length, left).sum())
 
     def __getitem__(self, index: int) -> dict:
         if not 0 <= index < len(self): raise IndexError(index)
-        starts = self._windows[index * self.batch_size:(index + 1) * self.batch_size] * self.sequence_length
+        windows = self._windows[index * self.batch_size:(index + 1) * self.batch_size]
+        starts = windows * self.sequence_length
         positions = starts[:, None] + np.arange(self.sequence_length + 1)
         last = len(self.tokens) - 1
-        rows = gather(self.tokens, np.minimum(positions, last).reshape(-1), 1).reshape(positions.shape)
-        rows = torch.from_numpy(rows)
-        batch = {"input_ids": rows[:, :-1].clone(), "shift_labels": rows[:, 1:].clone()}   # one row alone would share its memory
+        rows = gather(self.tokens, np.minimum(positions, last).reshape(-1), 1)
+        # [≤ batch_size, sequence_length + 1]
+        rows = torch.from_numpy(rows.reshape(positions.shape))
+        # copies: the halves of one row alone would share their memory
+        batch = {"input_ids": rows[:, :-1].clone(), "shift_labels": rows[:, 1:].clone()}
         missing = torch.from_numpy(positions[:, 1:] > last)
         if missing.any():
             batch["shift_labels"][missing] = -100

@@ -16,50 +16,67 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from ..configs import ConfigError, Settings, nearest, setting
-from .corpora import Corpus, FileSource, HubSource, SplitSource, load_corpus, missing, text_files
+from ..configs import ConfigError, Settings, setting
+from .corpora import (
+    Corpus, HubSource, SplitSource, corpora, exists, file_source, load_corpus, missing_path_error,
+    special_file_error, is_special_file, text_files, unknown_split_error)
 from .prepare import TrainingData, prepare_cached
 from .tokenizers import document_end, encode_array, load_tokenizer
 from .tokens import TokenFile
 
 # %% ../../nbs/data/datasets.ipynb #3a036e7b
 class TokenSequences(Dataset):
-    """A token stream as consecutive sequences of `max_seq_length` tokens (the last may be shorter).
+    """A token stream as consecutive sequences of `max_seq_length` tokens (the last may be
+    shorter).
 
-    `dataset[i]` is a dict of `input_ids` and `labels`, both int64 [≤ max_seq_length] and equal: the model shifts."""
+    `dataset[i]` is a dict of `input_ids` and `labels`, both int64 [≤ max_seq_length] and equal:
+    the model shifts."""
 
     def __init__(self, tokens, max_seq_length: int, tokenizer=None):
-        if max_seq_length < 2: raise ConfigError(f"max_seq_length={max_seq_length}: at least 2 is needed, one token to read and one to predict")
-        if len(tokens) < 2: raise ConfigError(f"{getattr(tokens, 'name', '') or 'the data'}: holds {len(tokens)} tokens; at least 2 are needed")
+        if max_seq_length < 2:
+            needed = "at least 2 is needed, one token to read and one to predict"
+            raise ConfigError(f"max_seq_length={max_seq_length}: {needed}")
+        if len(tokens) < 2:
+            name = getattr(tokens, "name", "") or "the data"
+            raise ConfigError(f"{name}: holds {len(tokens)} tokens; at least 2 are needed")
         self.tokens, self.max_seq_length, self.tokenizer = tokens, max_seq_length, tokenizer
 
-    def __len__(self) -> int: return (len(self.tokens) + self.max_seq_length - 2) // self.max_seq_length   # a last sequence of one token has nothing to predict
+    def __len__(self) -> int:   # a last sequence of one token has nothing to predict
+        return (len(self.tokens) + self.max_seq_length - 2) // self.max_seq_length
 
     def __getitem__(self, index: int) -> dict:
         if not -len(self) <= index < len(self): raise IndexError(f"sequence {index} of {len(self)}")
         begin = index % len(self) * self.max_seq_length
-        ids = torch.from_numpy(np.asarray(self.tokens[begin:begin + self.max_seq_length]).astype(np.int64))
+        ids = np.asarray(self.tokens[begin:begin + self.max_seq_length]).astype(np.int64)
+        ids = torch.from_numpy(ids)   # [≤ max_seq_length]
         return {"input_ids": ids, "labels": ids.clone()}
 
 # %% ../../nbs/data/datasets.ipynb #f3eff3a6
 class TextDirectoryDataset(TokenSequences):
-    """All text files below `directory` (.txt, .jsonl, compressed or not), tokenized, as sequences of `max_seq_length` tokens.
-    `tokenizer`: a tokenizer or what `load_tokenizer` takes. Raises `ConfigError` for a missing folder and one without text."""
+    """All text files below `directory` (.txt, .jsonl, compressed or not; tables where there are
+    no texts), tokenized, as sequences of `max_seq_length` tokens. `tokenizer`: a tokenizer or
+    what `load_tokenizer` takes. Raises `ConfigError` for a missing folder and one without
+    text."""
 
     def __init__(self, directory, max_seq_length: int = 512, tokenizer="byte", text_column: str = "text"):
         directory = Path(directory).expanduser()
-        if not directory.exists(): raise missing(directory)
+        if not exists(directory): raise missing_path_error(directory)
+        if is_special_file(directory): raise special_file_error(directory)
         files = text_files(directory) if directory.is_dir() else [directory]
-        corpus = Corpus(directory.name, {"train": [FileSource(f, text_column) for f in files]}, title=str(directory))
+        sources = [file_source(file, text_column) for file in files]
+        corpus = Corpus(directory.name, {"train": sources}, title=str(directory))
         prepared = prepare_cached(corpus, tokenizer)
-        super().__init__(TokenFile.open(prepared / "train.bin"), max_seq_length, load_tokenizer(prepared / "tokenizer"))
+        tokens = TokenFile.open(prepared / "train.bin")
+        super().__init__(tokens, max_seq_length, load_tokenizer(prepared / "tokenizer"))
 
 # %% ../../nbs/data/datasets.ipynb #6bc46198
 def collate_fn(batch: list[dict], pad_token_id: int = 0) -> dict:
-    "Stack sequences into `input_ids`, `labels` and `attention_mask`, int64 [batch, longest]; padding has mask 0 and label -100."
+    """Stack sequences into `input_ids`, `labels` and `attention_mask`, int64 [batch, longest];
+    padding has mask 0 and label -100."""
     longest = max(len(example["input_ids"]) for example in batch)
-    stacked = {"input_ids": torch.full((len(batch), longest), pad_token_id), "labels": torch.full((len(batch), longest), -100),
-               "attention_mask": torch.zeros(len(batch), longest, dtype=torch.long)}
+    shape = (len(batch), longest)
+    stacked = {"input_ids": torch.full(shape, pad_token_id), "labels": torch.full(shape, -100),
+               "attention_mask": torch.zeros(shape, dtype=torch.long)}   # [batch, longest] each
     for row, example in enumerate(batch):
         ids = torch.as_tensor(example["input_ids"])
         stacked["input_ids"][row, :len(ids)] = ids
@@ -70,26 +87,40 @@ def collate_fn(batch: list[dict], pad_token_id: int = 0) -> dict:
 # %% ../../nbs/data/datasets.ipynb #cae827cf
 class DatasetConfig(Settings):
     "Which hub data set, which part of it, and how it is cut."
-    dataset_name: Annotated[str, setting("A data set's name on the hub, a short name (tinystories, wikitext, openwebtext), an embedded corpus, or a folder in the hub's formats.")] = "tinystories"
-    dataset_config: Annotated[str | None, setting("Configuration of the data set, such as wikitext-103-v1.")] = None
+    dataset_name: Annotated[str, setting(
+        """A data set's name on the hub, a short name (tinystories, wikitext, openwebtext), an
+        embedded """
+        "corpus, a file, or a folder of texts or in the hub's forms.")] = "tinystories"
+    dataset_config: Annotated[str | None, setting(
+        "Configuration of the data set, such as wikitext-103-v1.")] = None
     split: Annotated[str, setting("Split to read.")] = "train"
     text_column: Annotated[str, setting("Column that holds the text.")] = "text"
-    max_seq_length: Annotated[int, setting("Tokens per sequence.", ge=2, le=2**20, unit="tokens", log=True)] = 512
-    max_samples: Annotated[int | None, setting("Use only the first so many documents.", ge=1, unit="documents")] = None
+    max_seq_length: Annotated[int, setting(
+        "Tokens per sequence.", ge=2, le=2**20, unit="tokens", log=True)] = 512
+    max_samples: Annotated[int | None, setting(
+        "Use only the first so many documents.", ge=1, unit="documents")] = None
     streaming: Annotated[bool, setting("Read rows as they are needed and keep nothing.")] = False
-    tokenizer: Annotated[str, setting("byte, gpt2, a tokenizer's folder or file, or its name on the hub.")] = "byte"
+    tokenizer: Annotated[str, setting(
+        "byte, gpt2, a tokenizer's folder or file, or its name on the hub.")] = "byte"
 
     def corpus(self) -> Corpus:
-        "The chosen split, as a corpus with that split alone."
+        """The chosen split, as a corpus with that split alone. A file or folder that has no splits
+        of its own is the split train, all of it."""
         whole = load_corpus(self.dataset_name, self.dataset_config, self.split, self.text_column)
-        source = (whole.sources.get("all") or whole.sources["train"])[0]
-        if isinstance(source, HubSource): source = replace(source, streaming="[" not in self.split)
-        elif self.split in whole.splits: source = SplitSource(whole, self.split)
-        else: raise ConfigError(f"split={self.split!r}: {self.dataset_name} has {', '.join(whole.splits)}{nearest(self.split, whole.splits)}")
-        return Corpus(whole.name, {"train": [source]}, title=whole.title, max_samples=self.max_samples)
+        sources = whole.original_sources.get("all") or whole.original_sources["train"]
+        if isinstance(sources[0], HubSource):
+            sources = [replace(sources[0], streaming="[" not in self.split)]
+        elif self.dataset_name in corpora:   # these have a validation split of their own
+            if self.split not in whole.splits:
+                raise unknown_split_error("split", self.split, self.dataset_name, whole.splits)
+            sources = [SplitSource(whole, self.split)]
+        return Corpus(whole.name, {"train": sources}, title=whole.title, max_samples=self.max_samples)
 
+# %% ../../nbs/data/datasets.ipynb #688521a3
 class HuggingFaceStream(IterableDataset):
-    "The sequences of a hub data set, read, tokenized and packed while one walks through. Workers of a `DataLoader` take turns at the documents."
+    """The sequences of a hub data set, read, tokenized and packed while one walks through.
+    Workers of a `DataLoader` take turns at the documents. `dataset` yields dicts as
+    `TokenSequences` does."""
 
     def __init__(self, config: DatasetConfig):
         self.config, self.max_seq_length = config, config.max_seq_length
@@ -99,42 +130,59 @@ class HuggingFaceStream(IterableDataset):
         worker, end, length = get_worker_info(), document_end(self.tokenizer), self.max_seq_length
         documents = self.source.documents("train")
         if worker is not None: documents = islice(documents, worker.id, None, worker.num_workers)
-        held = np.empty(0, np.int64)
+        pending = np.empty(0, np.int64)
         for text in documents:
-            held = np.concatenate([held, encode_array(self.tokenizer, text), [] if end is None else [end]]).astype(np.int64)
-            whole = len(held) - len(held) % length
-            for begin in range(0, whole, length): yield self._sequence(held[begin:begin + length])
-            held = held[whole:]
-        if len(held) > 1: yield self._sequence(held)
+            ids = encode_array(self.tokenizer, text)
+            pending = np.concatenate([pending, ids, [] if end is None else [end]]).astype(np.int64)
+            whole = len(pending) - len(pending) % length
+            for begin in range(0, whole, length):
+                yield self._sequence(pending[begin:begin + length])
+            pending = pending[whole:]
+        if len(pending) > 1: yield self._sequence(pending)
 
-    def _sequence(self, ids: np.ndarray) -> dict: return {"input_ids": torch.tensor(ids), "labels": torch.tensor(ids)}
+    def _sequence(self, ids: np.ndarray) -> dict:
+        return {"input_ids": torch.tensor(ids), "labels": torch.tensor(ids)}
 
+# %% ../../nbs/data/datasets.ipynb #d6f5dd9c
 class HuggingFaceDataset(TokenSequences):
-    """A hub data set (or a local folder in the hub's formats, or an embedded corpus) as sequences of `config.max_seq_length` tokens, tokenized once and kept in the cache. With
-    `config.streaming` it is a `HuggingFaceStream` instead. Raises one-line `ConfigError`s, also for data that needs the network when there is none."""
+    """A hub data set (or a local folder in the hub's formats, or an embedded corpus) as sequences
+    of `config.max_seq_length` tokens, tokenized once and kept in the cache. With
+    `config.streaming` it is a `HuggingFaceStream` instead. Raises one-line `ConfigError`s, also
+    for data that needs the network when there is none."""
 
-    def __new__(cls, config: DatasetConfig): return HuggingFaceStream(config) if config.streaming else super().__new__(cls)
+    def __new__(cls, config: DatasetConfig):
+        return HuggingFaceStream(config) if config.streaming else super().__new__(cls)
 
     def __init__(self, config: DatasetConfig):
         self.config = config
         prepared = prepare_cached(config.corpus(), config.tokenizer)
-        super().__init__(TokenFile.open(prepared / "train.bin"), config.max_seq_length, load_tokenizer(prepared / "tokenizer"))
+        tokens = TokenFile.open(prepared / "train.bin")
+        super().__init__(tokens, config.max_seq_length, load_tokenizer(prepared / "tokenizer"))
 
 # %% ../../nbs/data/datasets.ipynb #5a553325
-def print_dataset_stats(dataset) -> None:
-    "Print what a data set holds: documents, bytes, tokens, sequences. For `TokenSequences`, a stream, or the trainer's `TrainingData` (its training part)."
-    tokenizer, length = getattr(dataset, "tokenizer", None), getattr(dataset, "max_seq_length", None)
+def _token_rows(tokens, length: int | None, sequences: int | None) -> list[tuple[str, str]]:
+    "What is known of a token stream, as names and values."
+    is_file = isinstance(tokens, TokenFile)
     rows = []
-    if isinstance(dataset, IterableDataset): rows.append(("Number of original samples", "streamed, not counted"))
-    else:
-        tokens = dataset.train if isinstance(dataset, TrainingData) else dataset.tokens
-        if isinstance(tokens, TokenFile):
-            rows += [("Number of original samples", f"{tokens.num_documents:,}"), ("Total bytes", f"{tokens.num_bytes:,}" if tokens.num_bytes else "unknown")]
-        if length: rows.append(("Training sequences", f"{len(dataset):,}"))
-        rows.append(("Total tokens", f"{len(tokens):,}"))
-        if isinstance(tokens, TokenFile):
-            if tokens.bytes_per_token: rows.append(("Bytes per token", f"{tokens.bytes_per_token:.2f}"))
-            rows.append(("Vocabulary", f"{tokens.vocab_size:,}"))
+    if is_file:
+        rows.append(("Number of original samples", f"{tokens.num_documents:,}"))
+        rows.append(("Total bytes", f"{tokens.num_bytes:,}" if tokens.num_bytes else "unknown"))
+    if length: rows.append(("Training sequences", f"{sequences:,}"))
+    rows.append(("Total tokens", f"{len(tokens):,}"))
+    if is_file and tokens.bytes_per_token:
+        rows.append(("Bytes per token", f"{tokens.bytes_per_token:.2f}"))
+    if is_file: rows.append(("Vocabulary", f"{tokens.vocab_size:,}"))
+    return rows
+
+def print_dataset_stats(dataset) -> None:
+    """Print what a data set holds: documents, bytes, tokens, sequences. For `TokenSequences`, a
+    stream, or the trainer's `TrainingData` (its training part)."""
+    tokenizer, length = getattr(dataset, "tokenizer", None), getattr(dataset, "max_seq_length", None)
+    if isinstance(dataset, IterableDataset):
+        rows = [("Number of original samples", "streamed, not counted")]
+    elif isinstance(dataset, TrainingData): rows = _token_rows(dataset.train, None, None)
+    else: rows = _token_rows(dataset.tokens, length, len(dataset))
     if length: rows.append(("Maximum sequence length", f"{length:,}"))
     if tokenizer is not None: rows.append(("Tokenizer", type(tokenizer).__name__))
-    print("\n".join(["Dataset Statistics", "==================", *(f"{name}: {value}" for name, value in rows)]))
+    lines = [f"{name}: {value}" for name, value in rows]
+    print("\n".join(["Dataset Statistics", "==================", *lines]))

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['logger', 'BLOCK_CHARACTERS', 'FILE_NAMES', 'FORMATS', 'blocks', 'encode_block', 'encoded', 'read_stats', 'prepare',
-           'file_kind', 'read_ids', 'PrepareConfig', 'prepare_from_config', 'prepare_from_options', 'TrainingData',
-           'cache_folder', 'is_prepared', 'open_prepared', 'prepare_cached', 'load_data']
+           'file_kind', 'read_ids', 'PrepareConfig', 'prepare_from_config', 'TrainingData', 'is_prepared',
+           'open_prepared', 'cache_folder', 'prepare_cached', 'load_data']
 
 # %% ../../nbs/data/prepare.ipynb #291b1f1b
 import errno
@@ -13,8 +13,8 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
-import sys
 import time
 from dataclasses import dataclass
 from itertools import islice
@@ -23,43 +23,55 @@ from typing import Annotated, Any, ClassVar, Iterator, Literal
 
 import numpy as np
 from filelock import FileLock
-from tqdm import tqdm
 
 from ..configs import ConfigError, DataConfig, Settings, nearest, setting
-from .corpora import Corpus, FileSource, as_path, exists, is_special_file, load_corpus, local_corpus, missing, read_text, scan, text_files
-from .tokenizers import TRAINED, Tokenizer, cut_point, document_end, encode_array, fingerprint, keeps_text, load_tokenizer, process_map, resolve_tokenizer, save_tokenizer, token_bytes
+from sprout_lab.data.corpora import (
+    Corpus, as_path, exists, file_source, is_jsonl, is_special_file, is_table, load_corpus,
+    local_corpus, missing_path_error, read_text, scan, special_file_error, text_files,
+    unreadable_error)
+from .tokenizers import (
+    TRAINED, Tokenizer, cut_point, document_end, encode_array, fingerprint, keeps_text, load_tokenizer,
+    process_map, resolve_tokenizer, save_tokenizer, token_bytes)
 from .tokens import MAGIC, TokenFile, TokenWriter, token_dtype
+from ..progress import Progress
 
 logger = logging.getLogger("sprout_lab")
 
 # %% ../../nbs/data/prepare.ipynb #dcc14d93
 BLOCK_CHARACTERS = 1 << 20
 
-def blocks(corpus: Corpus, split: str, tokenizer, size: int = BLOCK_CHARACTERS) -> Iterator[list[tuple[str, bool]]]:
-    "The text of a split as lists of (text, ends a document), each of about `size` characters, the same ones every time."
-    block, held, wait = [], "", 0
+def blocks(corpus: Corpus, split: str, tokenizer,
+           size: int = BLOCK_CHARACTERS) -> Iterator[list[tuple[str, bool]]]:
+    """The text of a split as lists of (text, ends a document), each of about `size` characters,
+    the same ones every time."""
+    block, pending, wait = [], "", 0
     for text, ends in corpus.pieces(split):
-        held += text
-        if not ends and len(held) < wait: continue   # no cut was found; look again when there is twice as much
-        cut = len(held) if ends else cut_point(tokenizer, held)
-        wait = 0 if cut else 2 * len(held)
-        if cut or ends: block.append((held[:cut], ends))
-        held = held[cut:]
+        pending += text
+        # no cut was found; look again when there is twice as much
+        if not ends and len(pending) < wait: continue
+        cut = len(pending) if ends else cut_point(tokenizer, pending)
+        wait = 0 if cut else 2 * len(pending)
+        if cut or ends: block.append((pending[:cut], ends))
+        pending = pending[cut:]
         if sum(len(t) for t, _ in block) >= size:
             yield block
             block = []
-    if held: block.append((held, False))
+    if pending: block.append((pending, False))
     if block: yield block
 
 def encode_block(tokenizer, block: list[tuple[str, bool]]) -> tuple[np.ndarray, int, int]:
-    "The ids of a block (with the end token after each document), the bytes of its text (0 where the tokenizer loses some of it), and the documents that end in it."
-    end = document_end(tokenizer)
-    dtype = token_dtype(len(tokenizer))
+    """The ids of a block (with the end token after each document), the bytes of its text (0 where
+    the tokenizer loses some of it), and the documents that end in it."""
+    end, dtype = document_end(tokenizer), token_dtype(len(tokenizer))
     pieces = []
     for text, ends in block:
         pieces.append(encode_array(tokenizer, text).astype(dtype))
         if ends and end is not None: pieces.append(np.array([end], dtype))
-    return np.concatenate(pieces), sum(len(t.encode()) for t, _ in block) if keeps_text(tokenizer) else 0, sum(ends for _, ends in block)
+    num_bytes = _text_bytes(block) if keeps_text(tokenizer) else 0
+    return np.concatenate(pieces), num_bytes, sum(ends for _, ends in block)
+
+def _text_bytes(block: list[tuple[str, bool]]) -> int:
+    return sum(len(text.encode()) for text, _ in block)
 
 # %% ../../nbs/data/prepare.ipynb #9f047d1c
 _tokenizer = None   # a working process's own
@@ -71,322 +83,528 @@ def _set_tokenizer(tokenizer):
 def _encode(named): return named[0], encode_block(_tokenizer, named[1])
 
 def encoded(stream: Iterator, tokenizer, num_workers: int = 0) -> Iterator[tuple]:
-    "Pairs (name, block) as (name, `encode_block` of the block), in order, by `num_workers` processes (0 or 1: by this one)."
+    """Pairs (name, block) as (name, `encode_block` of the block), in order, by `num_workers`
+    processes (0 or 1: by this one)."""
     if num_workers < 2: return ((name, encode_block(tokenizer, block)) for name, block in stream)
     return process_map(_encode, stream, num_workers, _set_tokenizer, (tokenizer,))
 
-# %% ../../nbs/data/prepare.ipynb #abb51c4d
-FILE_NAMES = {"train": "train", "validation": "val", "test": "test"}
-FORMATS = {"bin": ".bin", "npy": ".npy", "ids": ".txt"}
+# %% ../../nbs/data/prepare.ipynb #d2f51ecd
+FILE_NAMES = {"train": "train", "validation": "val", "test": "test"}   # split → file
+FORMATS = {"bin": ".bin", "npy": ".npy", "ids": ".txt"}                # format → ending
 
 def _write_json(path: Path, content: dict) -> None:
-    "Write beside, force to the disk, rename."
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    "Write to a temporary file, force it to the disk, rename."
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with open(beside, "w", encoding="utf-8") as file:
+        with open(temporary, "w", encoding="utf-8") as file:
             json.dump(content, file, indent=2, ensure_ascii=False)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
+        os.replace(temporary, path)
     except OSError:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
-def _disk(error: OSError, path) -> ConfigError:
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return ConfigError(f"{path}: cannot be written ({error.strerror or error}); " + ("free some space, and run the same command again: it continues" if full else "choose another folder"))
+def _disk_error(error: OSError, path) -> ConfigError:
+    instead = "choose another folder"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        instead = "free some space, and run the same command again: it continues"
+    return ConfigError(f"{path}: cannot be written ({error.strerror or error}); {instead}")
 
+# %% ../../nbs/data/prepare.ipynb #78bf9cc4
 _STATS = {"key": str, "name": str, "title": str, "tokenizer": str, "vocab_size": int, "splits": dict}
-_SPLIT_STATS = {"num_documents": int, "num_bytes": int, "num_tokens": int, "bytes_per_token": float | None, "used_tokens": int, "entropy_bits_per_token": float, "most_frequent": list}
+_SPLIT_STATS = {"num_documents": int, "num_bytes": int, "num_tokens": int,
+                "bytes_per_token": float | None, "used_tokens": int,
+                "entropy_bits_per_token": float, "most_frequent": list}
 _JOURNAL = {"key": str, "splits": dict}
 _SPLIT_JOURNAL = {"blocks": int, "state": dict | None, "finished": bool}
+_NOTHING_DONE = {"blocks": 0, "state": None, "finished": False}
+_CUTS = 2   # the rule by which blocks were cut; a journal of another one cannot be continued
+
+def _has(facts, kinds: dict) -> bool:
+    if not isinstance(facts, dict): return False
+    return all(name in facts and isinstance(facts[name], kind) for name, kind in kinds.items())
 
 def _read_json(path: Path, kinds: dict, split_kinds: dict) -> dict:
     "A file of facts about splits, or {} where it is missing, damaged, or someone else's."
-    has = lambda facts, kinds: isinstance(facts, dict) and all(name in facts and isinstance(facts[name], kind) for name, kind in kinds.items())
+    if is_special_file(path): return {}
     try: content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError): return {}
-    return content if has(content, kinds) and all(split in FILE_NAMES and has(facts, split_kinds) for split, facts in content["splits"].items()) else {}
+    if not _has(content, kinds): return {}
+    for split, facts in content["splits"].items():
+        if split not in FILE_NAMES or not _has(facts, split_kinds): return {}
+    return content
 
 def read_stats(folder) -> dict:
     "The `stats.json` of a prepared folder; {} where it is missing or damaged."
     return _read_json(Path(folder) / "stats.json", _STATS, _SPLIT_STATS)
 
-def _read_journal(work: Path) -> dict: return _read_json(work / "journal.json", _JOURNAL, _SPLIT_JOURNAL)
+def _read_journal(work: Path) -> dict:
+    return _read_json(work / "journal.json", _JOURNAL, _SPLIT_JOURNAL)
 
-class _Work:
-    "The unfinished files of a preparation, one per split, and the journal that says how far each has come."
+# %% ../../nbs/data/prepare.ipynb #04278439
+class _Journal:
+    "How far each split of an unfinished preparation has come, on disk."
 
-    def __init__(self, corpus: Corpus, tokenizer, folder: Path, journal: dict, num_workers: int, bar):
-        self.corpus, self.tokenizer, self.folder, self.journal, self.num_workers, self.bar = corpus, tokenizer, folder, journal, num_workers, bar
+    def __init__(self, folder: Path, content: dict):
+        self.folder, self.content, self.saved = folder, content, time.monotonic()
+
+    def facts(self, split: str) -> dict:
+        """What is known of a split: blocks written, the writer's state after them, whether it is
+        finished."""
+        return self.content["splits"].setdefault(split, dict(_NOTHING_DONE))
+
+    def check_files(self, splits, vocab_size: int) -> int:
+        """Begin anew each file that the journal does not know, or the other way round, or that is
+        shorter than the journal says. Returns the bytes of text that are done."""
+        done = 0
+        for split in splits:
+            facts = self.facts(split)
+            path = self.folder / f"{split}.{'bin' if facts['finished'] else 'part'}"
+            state = facts["state"] or {}
+            needed = state.get("num_tokens", 0) * np.dtype(token_dtype(vocab_size)).itemsize
+            if not path.is_file() or path.stat().st_size < needed: facts |= _NOTHING_DONE
+            else: done += state.get("num_bytes", 0)
+        return done
+
+    def save(self, split: str, writer: TokenWriter) -> None:
+        "Force what was written to the disk, then write it down."
+        self.facts(split)["state"] = writer.state()
+        self.write()
+
+    def finish(self, split: str) -> None:
+        "Write down that a split's file is whole."
+        self.facts(split)["finished"] = True
+        self.write()
+
+    def write(self) -> None:
+        _write_json(self.folder / "journal.json", self.content)
         self.saved = time.monotonic()
 
-    def facts(self, split: str) -> dict: return self.journal["splits"].setdefault(split, {"blocks": 0, "state": None, "finished": False})
+# %% ../../nbs/data/prepare.ipynb #abb51c4d
+class _Preparation:
+    "The tokenizing and writing of a corpus, from where its journal says."
+
+    def __init__(self, corpus: Corpus, tokenizer, journal: _Journal, num_workers: int, progress):
+        self.corpus, self.tokenizer, self.journal = corpus, tokenizer, journal
+        self.num_workers, self.progress = num_workers, progress
+        self.done, self.total = journal.check_files(corpus.splits, len(tokenizer)), _known_bytes(corpus)
 
     def stream(self) -> Iterator[tuple]:
-        "What is left to do: (split, block)."
+        "What is left to do: ((split, bytes of text), block)."
         for split in self.corpus.splits:
-            facts = self.facts(split)
-            if not facts["finished"]: yield from ((split, block) for block in islice(blocks(self.corpus, split, self.tokenizer), facts["blocks"], None))
+            facts = self.journal.facts(split)
+            if facts["finished"]: continue
+            for block in islice(blocks(self.corpus, split, self.tokenizer), facts["blocks"], None):
+                yield (split, _text_bytes(block)), block
 
     def write(self) -> None:
         "Tokenize and write all splits, one after the other."
-        for split in self.corpus.splits:   # a file that its journal does not know, or the other way round, or that is shorter than the journal says, is begun again
-            facts = self.facts(split)
-            path = self.folder / f"{split}.{'bin' if facts['finished'] else 'part'}"
-            needed = (facts["state"] or {}).get("num_tokens", 0) * np.dtype(token_dtype(len(self.tokenizer))).itemsize
-            if not path.exists() or path.stat().st_size < needed: facts |= {"blocks": 0, "state": None, "finished": False}
-            self.bar.update((facts["state"] or {}).get("num_bytes", 0))
         results = encoded(self.stream(), self.tokenizer, self.num_workers)
         waiting = next(results, None)
         for split in self.corpus.splits:
-            facts = self.facts(split)
-            if facts["finished"]: continue
-            writer = TokenWriter(self.folder / f"{split}.bin", len(self.tokenizer), fingerprint(self.tokenizer), f"{self.corpus.name} {split}",
-                                 resume=facts["state"], beside=self.folder / f"{split}.part")
-            try:
-                while waiting is not None and waiting[0] == split:
-                    ids, num_bytes, num_documents = waiting[1]
-                    writer.write(ids, num_bytes, num_documents)
-                    facts["blocks"] += 1
-                    self.bar.update(num_bytes)
-                    if time.monotonic() - self.saved > 2: self.save(split, writer)
-                    waiting = next(results, None)
-                self.save(split, writer)
-                writer.close()
-            finally: writer.abandon()
-            facts["finished"] = True
-            _write_json(self.folder / "journal.json", self.journal)
+            if not self.journal.facts(split)["finished"]: waiting = self.write_split(split, waiting, results)
 
-    def save(self, split: str, writer: TokenWriter) -> None:
-        "Force what was written to the disk, then tell the journal."
-        self.facts(split)["state"] = writer.state()
-        _write_json(self.folder / "journal.json", self.journal)
-        self.saved = time.monotonic()
+    def write_split(self, split: str, waiting, results: Iterator):
+        """Write one split's file from the result that waits and those that follow; returns the
+        first of the next split."""
+        facts, folder = self.journal.facts(split), self.journal.folder
+        writer = TokenWriter(folder / f"{split}.bin", len(self.tokenizer), fingerprint(self.tokenizer),
+                             name=f"{self.corpus.name} {split}", resume=facts["state"],
+                             part_path=folder / f"{split}.part")
+        try:
+            while waiting is not None and waiting[0][0] == split:
+                (_, size), (ids, num_bytes, num_documents) = waiting
+                writer.write(ids, num_bytes, num_documents)
+                facts["blocks"] += 1
+                self.done += size
+                if self.progress is not None: self.progress(self.done, self.total)
+                if time.monotonic() - self.journal.saved > 2: self.journal.save(split, writer)
+                waiting = next(results, None)
+            self.journal.save(split, writer)
+            writer.close()
+        finally: writer.abandon()
+        self.journal.finish(split)
+        return waiting
 
+def _known_bytes(corpus: Corpus) -> int | None:
+    "The bytes of a corpus of text files; None where they are not known before it is read."
+    if corpus.max_samples is not None: return None
+    sources = [source for those in corpus.original_sources.values() for source in those]
+    paths = {getattr(source, "path", None) for source in sources}
+    if any(path is None or is_jsonl(path) or is_table(path) for path in paths): return None
+    return sum(scan(path).num_bytes for path in paths)
+
+# %% ../../nbs/data/prepare.ipynb #5022b837
 def _convert(tokens: TokenFile, path: Path, format: str) -> None:
     "A token file as .npy, or as ids in text (1,000 in a line)."
     if format == "npy":
+        little = np.dtype(tokens.dtype).newbyteorder("<").str
+        facts = {"descr": little, "fortran_order": False, "shape": (len(tokens),)}
         with open(path, "wb") as file:
-            np.lib.format.write_array_header_2_0(file, {"descr": np.dtype(tokens.dtype).newbyteorder("<").str, "fortran_order": False, "shape": (len(tokens),)})
-            for begin in range(0, len(tokens), 1 << 20): file.write(tokens[begin:begin + (1 << 20)].tobytes())
+            np.lib.format.write_array_header_2_0(file, facts)
+            for begin in range(0, len(tokens), 1 << 20):
+                file.write(tokens[begin:begin + (1 << 20)].tobytes())
     else:
         with open(path, "w", encoding="ascii") as file:
-            for begin in range(0, len(tokens), 1000): file.write(" ".join(map(str, tokens[begin:begin + 1000].tolist())) + "\n")
+            for begin in range(0, len(tokens), 1000):
+                file.write(" ".join(map(str, tokens[begin:begin + 1000].tolist())) + "\n")
 
-def prepare(corpus, output, tokenizer="byte", *, vocab_size: int | None = None, format: str = "bin", num_workers: int = 0,
-            max_seq_length: int | None = None, progress: bool = False, overwrite: bool = False, **settings) -> dict:
-    """Tokenize a corpus into `output`: `train`, `val` (and `test`) as token files, the tokenizer, `stats.json`. Returns the statistics.
+def _statistics(tokens: TokenFile, tokenizer) -> dict:
+    "What `stats.json` says of one split."
+    counts = np.zeros(tokens.vocab_size, np.int64)
+    for begin in range(0, len(tokens), 1 << 20):
+        counts += np.bincount(tokens[begin:begin + (1 << 20)], minlength=tokens.vocab_size)
+    used = np.flatnonzero(counts)
+    shares = counts[used] / max(counts.sum(), 1)
+    entropy = float(-(shares * np.log2(shares)).sum())
+    frequent = [int(i) for i in np.argsort(-counts, kind="stable")[:20] if counts[i]]
+    return {"num_documents": tokens.num_documents, "num_bytes": tokens.num_bytes,
+            "num_tokens": tokens.num_tokens, "bytes_per_token": tokens.bytes_per_token,
+            "used_tokens": len(used), "entropy_bits_per_token": entropy,
+            "most_frequent": [[i, tokenizer.decode([i]), int(counts[i])] for i in frequent]}
 
-    `corpus`: a `Corpus`, or what `load_corpus` takes, with its settings as keywords (`config`, `split`, `column`, `val_fraction`, `split_seed`,
-    `max_samples`). `tokenizer`: a tokenizer or what `load_tokenizer` takes. `format`: "bin", "npy", or "ids" (text). `max_seq_length` only counts sequences
-    in the statistics: the files are streams. An interrupted preparation is continued, a finished one is not repeated; a folder that holds other data is refused, or with `overwrite`
-    its files replaced. Raises one-line `ConfigError`s; nothing is ever half-written under a final name."""
-    if format not in FORMATS: raise ConfigError(f"format={format!r}: one of {', '.join(FORMATS)} is needed{nearest(format, FORMATS)}")
-    if not isinstance(corpus, Corpus): corpus = load_corpus(corpus, **settings)
-    elif settings: raise ConfigError(f"{next(iter(settings))}: a corpus that is already loaded has its own")
-    if isinstance(tokenizer, (str, Path)):
-        kind = resolve_tokenizer(tokenizer, vocab_size)
-        tokenizer, rule = (kind, [kind, vocab_size]) if kind in TRAINED else (own := load_tokenizer(kind, vocab_size=vocab_size), fingerprint(own))
-    else: rule = fingerprint(tokenizer)
-    if not str(output).strip(): raise ConfigError("output is empty; name a folder for the prepared data")
-    output = as_path(output)
-    if output.is_file(): raise ConfigError(f"{output}: is a file; name a folder for the prepared data")
-    if max_seq_length is not None and max_seq_length < 1: raise ConfigError(f"max_seq_length={max_seq_length}: at least 1 is needed")
-    key = hashlib.sha256(json.dumps(["1", corpus.fingerprint(), rule, format]).encode()).hexdigest()
-    said = _said(corpus, rule, tokenizer, format)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        with FileLock(str(output / ".prepare.lock")):   # two processes preparing the same folder: the second finds it done
-            stats = read_stats(output)
-            if stats.get("key") != key or not all((output / FILE_NAMES[s]).with_suffix(FORMATS[format]).exists() for s in stats["splits"]):
-                there = _occupied(output, stats, key, said, [FILE_NAMES[s] + FORMATS[format] for s in corpus.splits])
-                if there and not overwrite: raise ConfigError(f"{output}: {there}; choose another output, or replace it with overwrite (--overwrite)")
-                stats = _prepare(corpus, output, key, tokenizer, vocab_size, format, num_workers, progress, said)
-            if max_seq_length and stats.get("max_seq_length") != max_seq_length:
-                for facts in stats["splits"].values(): facts["num_sequences"] = max(facts["num_tokens"] - 1, 0) // max_seq_length
-                stats["max_seq_length"] = max_seq_length
-                _write_json(output / "stats.json", stats)
-            return stats
-    except OSError as error: raise _disk(error, output) from None
+# %% ../../nbs/data/prepare.ipynb #5e62672f
+def _describe_request(corpus: Corpus, rule, tokenizer, format: str) -> dict:
+    """What a preparation was asked for, to name the difference when another one is asked for in
+    the same place."""
+    if isinstance(rule, list): name = f"{rule[0]} of {rule[1] or 'its usual'} tokens"
+    else: name = f"{type(tokenizer).__name__} of {len(tokenizer)} tokens ({rule[:8]})"
+    request = {"text": corpus.title or corpus.name, "max_samples": corpus.max_samples}
+    if "all" in corpus.sources:
+        request |= {"val_fraction": corpus.val_fraction, "split_seed": corpus.split_seed}
+    return request | {"tokenizer": name, "format": format}
 
-def _said(corpus: Corpus, rule, tokenizer, format: str) -> dict:
-    "What a preparation was asked for, to name the difference when another one is asked for in the same place."
-    name = f"{rule[0]} of {rule[1] or 'its usual'} tokens" if isinstance(rule, list) else f"{type(tokenizer).__name__} of {len(tokenizer)} tokens ({rule[:8]})"
-    split = {"val_fraction": corpus.val_fraction, "split_seed": corpus.split_seed} if "all" in corpus.sources else {}
-    return {"text": corpus.title or corpus.name, "max_samples": corpus.max_samples, **split, "tokenizer": name, "format": format}
-
-def _occupied(output: Path, stats: dict, key: str, said: dict, names: list[str]) -> str | None:
-    "What stands in a folder that this preparation would replace, in words; None where nothing does."
-    if stats.get("key") == key or _read_journal(output / ".prepare").get("key") == key: return None   # ours: finished, or nearly
+def _occupied(output: Path, stats: dict, key: str, request: dict, names: list[str]) -> str | None:
+    """What stands in a folder that this preparation would replace, in words; None where nothing
+    does."""
+    # ours: finished, or nearly
+    if stats.get("key") == key or _read_journal(output / ".prepare").get("key") == key: return None
     if stats:
-        asked = stats.get("asked") if isinstance(stats.get("asked"), dict) else {}
-        changed = [f"{name} was {asked[name]} and is {said[name]}" for name in said if name in asked and asked[name] != said[name]]
-        return f"holds {stats.get('title') or stats.get('name') or 'data'}, prepared otherwise ({', '.join(changed) or ('the text has changed since' if asked else 'with other settings')})"
-    there = next((name for name in ("stats.json", *names) if (output / name).exists()), None)
-    return there and f"holds a {there} that this preparation did not write" + (", or that is damaged" if there == "stats.json" else "")
+        before = stats.get("asked") if isinstance(stats.get("asked"), dict) else {}
+        changed = [f"{name} was {before[name]} and is {value}" for name, value in request.items()
+                   if name in before and before[name] != value]
+        how = ", ".join(changed) or ("the text has changed since" if before else "with other settings")
+        return f"holds {stats.get('title') or stats.get('name') or 'data'}, prepared otherwise ({how})"
+    foreign = next((name for name in ("stats.json", *names) if (output / name).exists()), None)
+    if foreign is None: return None
+    damaged = ", or that is damaged" if foreign == "stats.json" else ""
+    return f"holds a {foreign} that this preparation did not write{damaged}"
 
-def _prepare(corpus, output, key, tokenizer, vocab_size, format, num_workers, progress, said) -> dict:
-    work = output / ".prepare"
+# %% ../../nbs/data/prepare.ipynb #69dfb525
+def _prepared_tokenizer(work: Path, journal: dict, corpus: Corpus, tokenizer, vocab_size: int | None):
+    """The tokenizer of a preparation: the one that it has saved, else `tokenizer`, trained where
+    that is a name, and saved now."""
+    if (work / "tokenizer").exists(): return load_tokenizer(work / "tokenizer")
+    if isinstance(tokenizer, str):
+        tokenizer = load_tokenizer(tokenizer, corpus=corpus, vocab_size=vocab_size)
+    shutil.rmtree(work / "unfinished", ignore_errors=True)
+    save_tokenizer(tokenizer, work / "unfinished")
+    _write_json(work / "journal.json", journal)
+    os.replace(work / "unfinished", work / "tokenizer")
+    return tokenizer
+
+# %% ../../nbs/data/prepare.ipynb #b2c86b5b
+def _begin_or_continue(work: Path, key: str) -> dict:
+    "The journal of a preparation that is to be continued, or a new one in an empty folder."
     work.mkdir(exist_ok=True)
     journal = _read_journal(work)
-    if journal.get("key") != key:   # nothing to continue, or something else
-        for old in work.iterdir(): shutil.rmtree(old) if old.is_dir() else old.unlink()
-        journal = {"key": key, "splits": {}}
-    if (work / "tokenizer").exists(): tokenizer = load_tokenizer(work / "tokenizer")
-    else:
-        if isinstance(tokenizer, str): tokenizer = load_tokenizer(tokenizer, corpus=corpus, vocab_size=vocab_size)
-        shutil.rmtree(work / "unfinished", ignore_errors=True)
-        save_tokenizer(tokenizer, work / "unfinished")
-        _write_json(work / "journal.json", journal)
-        os.replace(work / "unfinished", work / "tokenizer")
-    with tqdm(desc=f"{corpus.name} → {output.name}", unit="B", unit_scale=True, disable=not progress) as bar:
-        _Work(corpus, tokenizer, work, journal, num_workers, bar).write()
-    try: opened = {split: TokenFile.open(work / f"{split}.bin") for split in corpus.splits}
+    if journal.get("key") == key and journal.get("cuts") == _CUTS: return journal
+    for old in work.iterdir():
+        shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
+    return {"key": key, "cuts": _CUTS, "splits": {}}
+
+# %% ../../nbs/data/prepare.ipynb #08bc82bb
+def _open_finished(work: Path, corpus: Corpus) -> dict[str, TokenFile]:
+    "The token files of all splits, checked."
+    try: return {split: TokenFile.open(work / f"{split}.bin") for split in corpus.splits}
     except ConfigError as error:   # what an interrupted run had left was not what its journal said
         shutil.rmtree(work)
-        raise ConfigError(f"{str(error).split(';')[0]}; it was left by an interrupted preparation and is removed now, run the same command again") from None
-    stats = {"key": key, "asked": said, "name": corpus.name, "title": corpus.title, "licence": corpus.licence, "provenance": corpus.provenance, "format": format,
-             "tokenizer": type(tokenizer).__name__, "vocab_size": len(tokenizer), "fingerprint": fingerprint(tokenizer),
-             "splits": {split: _statistics(tokens, tokenizer) for split, tokens in opened.items()}}
-    made = {split: work / f"{split}.bin" for split in corpus.splits}
-    if format != "bin":
-        for split, path in made.items():
-            made[split] = path.with_suffix(FORMATS[format])
-            _convert(opened[split], made[split], format)
+        reason = "it was left by an interrupted preparation and is removed now"
+        raise ConfigError(f"{str(error).split(';')[0]}; {reason}, run the same command again") from None
+
+def _publish(work: Path, output: Path, files: dict[str, Path], stats: dict) -> None:
+    "Move finished files to their places; `stats.json` comes last."
     old = read_stats(output)
     (output / "stats.json").unlink(missing_ok=True)
+    ending = FORMATS.get(old.get("format"), ".bin")
     for split in old.get("splits", {}):   # what another preparation wrote, and this one does not
-        (output / FILE_NAMES[split]).with_suffix(FORMATS.get(old.get("format"), ".bin")).unlink(missing_ok=True)
-    for split, path in made.items(): os.replace(path, (output / FILE_NAMES[split]).with_suffix(FORMATS[format]))
+        (output / f"{FILE_NAMES[split]}{ending}").unlink(missing_ok=True)
+    for split, path in files.items():
+        os.replace(path, (output / FILE_NAMES[split]).with_suffix(path.suffix))
     shutil.rmtree(output / "tokenizer", ignore_errors=True)
     os.replace(work / "tokenizer", output / "tokenizer")
     _write_json(output / "stats.json", stats)
     shutil.rmtree(work, ignore_errors=True)
+
+# %% ../../nbs/data/prepare.ipynb #a2f3ddd5
+def _prepare(corpus: Corpus, output: Path, key: str, tokenizer, vocab_size, format: str,
+             num_workers: int, progress: bool, request: dict) -> dict:
+    "Do the work that is left, and return the statistics."
+    work = output / ".prepare"
+    content = _begin_or_continue(work, key)
+    tokenizer = _prepared_tokenizer(work, content, corpus, tokenizer, vocab_size)
+    with Progress(f"{corpus.name} → {output.name}", "bytes") as shown:
+        journal = _Journal(work, content)
+        _Preparation(corpus, tokenizer, journal, num_workers, shown if progress else None).write()
+    finished = _open_finished(work, corpus)
+    stats = {"key": key, "asked": request, "name": corpus.name, "title": corpus.title,
+             "licence": corpus.licence, "provenance": corpus.provenance, "format": format,
+             "tokenizer": type(tokenizer).__name__, "vocab_size": len(tokenizer),
+             "fingerprint": fingerprint(tokenizer),
+             "splits": {split: _statistics(tokens, tokenizer) for split, tokens in finished.items()}}
+    files = {split: work / f"{split}{FORMATS[format]}" for split in corpus.splits}
+    if format != "bin":
+        for split, path in files.items(): _convert(finished[split], path, format)
+    _publish(work, output, files, stats)
     return stats
 
-def _statistics(tokens: TokenFile, tokenizer) -> dict:
-    counts = np.zeros(tokens.vocab_size, np.int64)
-    for begin in range(0, len(tokens), 1 << 20): counts += np.bincount(tokens[begin:begin + (1 << 20)], minlength=tokens.vocab_size)
-    used = np.flatnonzero(counts)
-    shares = counts[used] / max(counts.sum(), 1)
-    return {"num_documents": tokens.num_documents, "num_bytes": tokens.num_bytes, "num_tokens": tokens.num_tokens, "bytes_per_token": tokens.bytes_per_token,
-            "used_tokens": len(used), "entropy_bits_per_token": float(-(shares * np.log2(shares)).sum()),
-            "most_frequent": [[int(i), tokenizer.decode([int(i)]), int(counts[i])] for i in np.argsort(-counts, kind="stable")[:20] if counts[i]]}
+# %% ../../nbs/data/prepare.ipynb #8db20fc6
+def _rule_of(tokenizer, vocab_size: int | None) -> tuple:
+    """A tokenizer, loaded where it need not be trained, and what decides its ids: its
+    fingerprint, or how to train it."""
+    if not isinstance(tokenizer, (str, Path)): return tokenizer, fingerprint(tokenizer)
+    kind = resolve_tokenizer(tokenizer, vocab_size)
+    if kind in TRAINED: return kind, [kind, vocab_size]
+    tokenizer = load_tokenizer(kind, vocab_size=vocab_size)
+    return tokenizer, fingerprint(tokenizer)
+
+def _check_request(output, format: str, max_seq_length: int | None) -> Path:
+    if format not in FORMATS:
+        hint = nearest(format, FORMATS)
+        raise ConfigError(f"format={format!r}: choose from {', '.join(FORMATS)}{hint}")
+    if not str(output).strip():
+        raise ConfigError("output is empty; name a folder for the prepared data")
+    if max_seq_length is not None and max_seq_length < 1:
+        raise ConfigError(f"max_seq_length={max_seq_length}: at least 1 is needed")
+    output = as_path(output)
+    if exists(output) and not output.is_dir():
+        raise ConfigError(f"{output}: is a file; name a folder for the prepared data")
+    return output
+
+# %% ../../nbs/data/prepare.ipynb #454ac6b8
+def _is_finished(output: Path, stats: dict, key: str, format: str) -> bool:
+    if stats.get("key") != key: return False
+    names = [FILE_NAMES[split] + FORMATS[format] for split in stats["splits"]]
+    return all((output / name).is_file() for name in names)
+
+def _count_sequences(output: Path, stats: dict, max_seq_length: int) -> None:
+    "Add how many sequences of a length each split has to the statistics."
+    if stats.get("max_seq_length") == max_seq_length: return
+    for facts in stats["splits"].values():
+        facts["num_sequences"] = max(facts["num_tokens"] - 1, 0) // max_seq_length
+    stats["max_seq_length"] = max_seq_length
+    _write_json(output / "stats.json", stats)
+
+# %% ../../nbs/data/prepare.ipynb #d4cdda06
+def prepare(corpus, output, tokenizer="byte", *, vocab_size: int | None = None, format: str = "bin",
+            num_workers: int = 0, max_seq_length: int | None = None, progress: bool = False,
+            overwrite: bool = False, **settings) -> dict:
+    """Tokenize a corpus into `output`: `train`, `val` (and `test`) as token files, the tokenizer,
+    `stats.json`. Returns the statistics.
+
+    `corpus`: a `Corpus`, or what `load_corpus` takes, with its settings as keywords (`config`,
+    `split`, `column`, `val_fraction`, `split_seed`, `max_samples`). `tokenizer`: a tokenizer or
+    what `load_tokenizer` takes. `format`: "bin", "npy", or "ids" (text). `max_seq_length` only
+    counts sequences in the statistics: the files are streams. `progress`: show a bar in a
+    terminal, a line now and then elsewhere. An interrupted preparation is continued, a finished
+    one is not repeated; a folder that holds other data is refused, or with `overwrite` its files
+    replaced. Raises one-line `ConfigError`s; nothing is ever half-written under a final name."""
+    output = _check_request(output, format, max_seq_length)
+    if not isinstance(corpus, Corpus): corpus = load_corpus(corpus, **settings)
+    elif settings:
+        raise ConfigError(f"{next(iter(settings))}: a corpus that is already loaded has its own")
+    tokenizer, rule = _rule_of(tokenizer, vocab_size)
+    key = hashlib.sha256(json.dumps(["1", corpus.fingerprint(), rule, format]).encode()).hexdigest()
+    request = _describe_request(corpus, rule, tokenizer, format)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        # two processes preparing the same folder: the second finds it done
+        with FileLock(str(output / ".prepare.lock")):
+            stats = read_stats(output)
+            if not _is_finished(output, stats, key, format):
+                names = [FILE_NAMES[split] + FORMATS[format] for split in corpus.splits]
+                occupied = _occupied(output, stats, key, request, names)
+                if occupied and not overwrite:
+                    instead = "choose another output, or replace it with overwrite (--overwrite)"
+                    raise ConfigError(f"{output}: {occupied}; {instead}")
+                stats = _prepare(corpus, output, key, tokenizer, vocab_size, format, num_workers,
+                                 progress, request)
+            if max_seq_length: _count_sequences(output, stats, max_seq_length)
+            return stats
+    except OSError as error: raise _disk_error(error, output) from None
 
 # %% ../../nbs/data/prepare.ipynb #456ba499
+_NUMBER = re.compile(r"[+-]?[\d.,_]*\d[\d.,_]*(?:e[+-]?\d+)?", re.IGNORECASE)
+
+def _looks_like_ids(head: bytes) -> bool:
+    """Whether a file that begins so was meant as token ids: two thirds of its words are numbers,
+    and none is a lone sign (as in 1 + 2)."""
+    words = head.decode("utf-8", errors="replace").split()
+    if len(head) == _HEAD: words = words[:-1]   # may be cut
+    if any(not any(map(str.isalnum, word)) for word in words): return False
+    numbers = sum(_NUMBER.fullmatch(word) is not None for word in words)
+    return bool(words) and 3 * numbers >= 2 * len(words)
+
+_HEAD = 1 << 16   # bytes that are looked at
+
 def file_kind(path) -> str:
-    "What a data file is, by its first bytes: `token file`, `npy`, `ids` (as text), or `text`."
+    """What a data file is, by its name and first bytes: `folder`, `token file`, `npy`, `table`,
+    `ids` (as text), or `text`."""
     path = as_path(path)
-    if not exists(path): raise missing(path)
+    if not exists(path): raise missing_path_error(path)
     if path.is_dir(): return "folder"
-    if is_special_file(path): raise ConfigError(f"{path}: is a pipe or a device, and data is read more than once; write it into a file first")
+    if is_special_file(path): raise special_file_error(path)
     try:
-        with open(path, "rb") as file: head = file.read(1 << 16)
-    except OSError as error: raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+        with open(path, "rb") as file: head = file.read(_HEAD)
+    except OSError as error: raise unreadable_error(path, error) from None
     if head.startswith(MAGIC): return "token file"
     if head.startswith(b"\x93NUMPY"): return "npy"
-    if path.suffix == ".bin": return "token file"   # a foreign .bin is refused by name when it is opened
-    if head and not head.translate(None, b"0123456789 \t\r\n") and head.split(): return "ids"
-    return "text"
+    # a foreign .bin is refused by name when it is opened
+    if path.suffix == ".bin": return "token file"
+    if is_table(path): return "table"
+    return "ids" if not is_jsonl(path) and _looks_like_ids(head) else "text"
 
-def read_ids(path, kind: str | None = None) -> Iterator[np.ndarray]:
-    "The ids of a `.npy` file or a text of ids, in pieces. What is not an id is told with its place, in one line."
-    kind = kind or file_kind(path)
-    if kind == "npy":
-        try: array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except Exception as error:   # a damaged header is evaluated, and fails as it likes
-            raise ConfigError(f"{path}: is not a readable .npy file ({(str(error).splitlines() or [type(error).__name__])[0][:100]})") from None
-        if array.ndim != 1 or array.dtype.kind not in "iu":
-            raise ConfigError(f"{path}: holds {array.dtype} of shape {array.shape}; token ids are one row of integers")
-        for begin in range(0, len(array), 1 << 20): yield np.asarray(array[begin:begin + (1 << 20)])
-        return
-    number, rest = 0, ""
-    def numbers(words):
+# %% ../../nbs/data/prepare.ipynb #85b99fdc
+def _npy_ids(path: Path) -> Iterator[np.ndarray]:
+    "The ids of a `.npy` file, in pieces."
+    npy = np.lib.format
+    read_header = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
+    try:
+        with open(path, "rb") as file:
+            shape, _, dtype = read_header[npy.read_magic(file)](file)
+            begin = file.tell()
+    except Exception as error:   # a damaged header is evaluated, and fails as it likes
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
+        problem = f"is not a readable .npy file ({reason})"
+        raise ConfigError(f"{path}: {problem}; write it again with np.save") from None
+    if len(shape) != 1 or dtype.kind not in "iu" or shape[0] < 0:
+        problem = f"holds {dtype} of shape {str(shape)[:60]}"
+        raise ConfigError(f"{path}: {problem}; token ids are one row of integers")
+    promised, held = shape[0] * dtype.itemsize, path.stat().st_size - begin
+    if promised != held:
+        problem = f"its header promises {promised:,} bytes of ids, and it holds {held:,}"
+        raise ConfigError(f"{path}: {problem}; write it again with np.save")
+    if not held: return
+    ids = np.memmap(path, dtype, mode="r", offset=begin, shape=shape)
+    for begin in range(0, len(ids), 1 << 20): yield np.asarray(ids[begin:begin + (1 << 20)])
+
+# %% ../../nbs/data/prepare.ipynb #f9bff05e
+def _to_ids(path, words: list[str], number: int) -> np.ndarray:
+    "Words as ids; `number` counts the words before them."
+    joined = "".join(words)
+    if joined.isascii() and joined.isdigit():
         try: return np.fromiter(map(int, words), np.int64, len(words))
-        except (ValueError, OverflowError):
-            place, word = next((i, w) for i, w in enumerate(words) if not (w.isascii() and w.isdigit() and len(w) < 19))
-            raise ConfigError(f"{path}: entry {number + place:,} is {word[:20]!r}, not a token id; ids are whole numbers separated by spaces or line ends") from None
+        except (ValueError, OverflowError): pass   # too many digits
+    is_id = lambda word: word.isascii() and word.isdigit() and len(word) < 19
+    i, word = next((i, word) for i, word in enumerate(words) if not is_id(word))
+    problem = f"entry {number + i:,} is {word[:20]!r}, not a token id"
+    needed = "ids are whole numbers from 0 on, separated by spaces or line ends"
+    raise ConfigError(f"{path}: {problem}; {needed} (as dataset_name the file is read as text)")
+
+# %% ../../nbs/data/prepare.ipynb #1689ec64
+def _text_ids(path) -> Iterator[np.ndarray]:
+    "The ids of a text of numbers, in pieces."
+    number, rest = 0, ""
     for text in read_text(path):
         text = rest + text
         whole = max(text.rfind(" "), text.rfind("\n"), text.rfind("\t")) + 1
         words, rest = text[:whole].split(), text[whole:]
-        if words: yield numbers(words)
+        if words: yield _to_ids(path, words, number)
         number += len(words)
-    if rest.split(): yield numbers(rest.split())
+    if rest.split(): yield _to_ids(path, rest.split(), number)
 
-# %% ../../nbs/data/prepare.ipynb #11e853f6
+def read_ids(path, kind: str | None = None) -> Iterator[np.ndarray]:
+    """The ids of a `.npy` file or a text of ids, in pieces. What is not an id is told with its
+    place, in one line."""
+    path = as_path(path)
+    return _npy_ids(path) if (kind or file_kind(path)) == "npy" else _text_ids(path)
+
+# %% ../../nbs/data/prepare.ipynb #e82a8daa
+def _check_preparation(config) -> None:
+    "Refuse settings of a preparation that cannot work together."
+    if not (config.output or "").strip():
+        raise ConfigError("output is empty; name a folder for the prepared data: --output DIR")
+    if config.input is not None and config.dataset is not None:
+        problem = "input and dataset are both given"
+        raise ConfigError(f"{problem}; one of them says which text to prepare")
+    if config.input is None and config.dataset is None:
+        problem = "neither input nor dataset is given"
+        instead = "say which text to prepare: --input FILE|DIR, or --dataset shakespeare"
+        raise ConfigError(f"{problem}; {instead}")
+    if config.input is not None and not config.input.strip():
+        raise ConfigError("input is empty; name a file or a folder")
+    if config.dataset_config and not config.dataset:
+        problem = "dataset_config belongs to a data set of the hub"
+        raise ConfigError(f"{problem}; give --dataset with it")
+    if (config.vocab is None) != (config.merges is None):
+        lacking = "merges" if config.vocab else "vocab"
+        needed = "a byte-level BPE tokenizer is two files, give --vocab and --merges"
+        raise ConfigError(f"{lacking} is missing: {needed}")
+    if config.vocab and config.tokenizer != "auto":
+        problem = "tokenizer and vocab are both given"
+        raise ConfigError(f"{problem}; one of them says how to tokenize")
+
+# %% ../../nbs/data/prepare.ipynb #992015ab
 class PrepareConfig(Settings):
     "What a preparation is asked for: which text, by which tokenizer, held out how, and where to."
-    aliases: ClassVar[dict[str, str]] = {"dataset_name": "dataset", "output_dir": "output"}   # the guides' names of two settings
+    aliases: ClassVar = {"dataset_name": "dataset", "output_dir": "output"}   # the guides' names
 
     input: Annotated[str | None, setting("Text to prepare: a file, or a folder of text files.")] = None
     dataset: Annotated[str | None, setting(
         "Instead of input: an embedded corpus, or a data set's name on the hub.")] = None
     dataset_config: Annotated[str | None, setting("Configuration of a hub data set.")] = None
     text_column: Annotated[str, setting("Column that holds the text.")] = "text"
-    output: Annotated[str | None, setting("Folder for train.bin, val.bin and the tokenizer; required.")] = None
+    output: Annotated[str | None, setting(
+        "Folder for train.bin, val.bin and the tokenizer; required.")] = None
     tokenizer: Annotated[str, setting(
-        "byte, char, bpe, wordpiece, gpt2, or a tokenizer's folder or file; auto: bytes, or what vocab_size asks for.")] = "auto"
+        "byte, char, bpe, wordpiece, gpt2, or a tokenizer's folder or file; "
+        "auto: bytes, or what vocab_size asks for.")] = "auto"
     vocab: Annotated[str | None, setting("vocab.json of a byte-level BPE tokenizer.")] = None
     merges: Annotated[str | None, setting("merges.txt that belongs to it.")] = None
     vocab_size: Annotated[int | None, setting(
-        "Size of a vocabulary to train (char below 256, bpe or wordpiece above).", ge=1, le=2**24, unit="tokens")] = None
+        "Size of a vocabulary to train (char below 256, bpe or wordpiece above).",
+        ge=1, le=2**24, unit="tokens")] = None
     val_fraction: Annotated[float, setting("Share of the documents held out.", gt=0, lt=1)] = 0.1
     split_seed: Annotated[int, setting("Seed of the split.", ge=0)] = 0
-    max_samples: Annotated[int | None, setting("Use only the first so many documents.", ge=1, unit="documents")] = None
+    max_samples: Annotated[int | None, setting(
+        "Use only the first so many documents.", ge=1, unit="documents")] = None
     max_seq_length: Annotated[int | None, setting(
-        "Count sequences of so many tokens in the statistics; the files are streams.", ge=1, unit="tokens")] = None
+        "Count sequences of so many tokens in the statistics; the files are streams.",
+        ge=1, unit="tokens")] = None
     format: Annotated[Literal["bin", "npy", "ids"], setting(
         "bin: checked memory-mapped file; npy; ids: token ids as text.")] = "bin"
     num_workers: Annotated[int | None, setting(
-        "Processes that tokenize; none: all cores for texts above 32 MB. The result does not depend on it.", ge=0, le=256)] = None
+        "Processes that tokenize; none: all cores for texts above 32 MB. "
+        "The result does not depend on it.", ge=0, le=256)] = None
     create_stats: Annotated[bool, setting("Show more of the statistics that stats.json holds.")] = False
-    overwrite: Annotated[bool, setting("Replace what a preparation with other settings left in the folder.")] = False
+    overwrite: Annotated[bool, setting(
+        "Replace what a preparation with other settings left in the folder.")] = False
 
-    def check(self):
-        if not (self.output or "").strip(): raise ConfigError("output is empty; name a folder for the prepared data: --output DIR")
-        if self.input is not None and self.dataset is not None:
-            raise ConfigError("input and dataset are both given; one of them says which text to prepare")
-        if self.input is None and self.dataset is None:
-            raise ConfigError("neither input nor dataset is given; say which text to prepare: --input FILE|DIR, or --dataset shakespeare")
-        if self.input is not None and not self.input.strip(): raise ConfigError("input is empty; name a file or a folder")
-        if self.dataset_config and not self.dataset:
-            raise ConfigError("dataset_config belongs to a data set of the hub; give --dataset with it")
-        if (self.vocab is None) != (self.merges is None):
-            lacking = "merges" if self.vocab else "vocab"
-            raise ConfigError(f"{lacking} is missing: a byte-level BPE tokenizer is two files, give --vocab and --merges")
-        if self.vocab and self.tokenizer != "auto":
-            raise ConfigError("tokenizer and vocab are both given; one of them says how to tokenize")
+    def check(self): _check_preparation(self)
 
-# %% ../../nbs/data/prepare.ipynb #a29b8ef7
-def prepare_from_config(config: PrepareConfig, log=print) -> dict:
-    "`prepare` as the command line asks for it; returns the statistics. `log` prints a line for each file, with `create_stats` two."
-    own = Tokenizer.from_files(config.vocab, config.merges) if config.vocab else config.tokenizer
-    settings = dict(column=config.text_column, val_fraction=config.val_fraction, split_seed=config.split_seed, max_samples=config.max_samples)
-    if config.dataset: corpus = load_corpus(config.dataset, config.dataset_config, **settings)
-    else: corpus = _input_corpus(as_path(config.input), settings)
-    num_workers = _default_workers(corpus) if config.num_workers is None else config.num_workers
-    stats = prepare(corpus, config.output, own, vocab_size=config.vocab_size, format=config.format, num_workers=num_workers,
-                    max_seq_length=config.max_seq_length, progress=sys.stderr.isatty(), overwrite=config.overwrite)
-    for split, facts in stats["splits"].items():
-        unit = f", {facts['bytes_per_token']:.2f} bytes per token" if facts["bytes_per_token"] else ""
-        sequences = f", {facts['num_sequences']:,} sequences of {config.max_seq_length}" if config.max_seq_length else ""
-        documents = f"{facts['num_documents']:,} documents, " if facts["num_documents"] else ""   # none ends in a text that is cut in two
-        counts = f"{documents}{facts['num_bytes']:,} bytes, {facts['num_tokens']:,} tokens{unit}{sequences}"
-        log(f"{FILE_NAMES[split]}{FORMATS[config.format]}: {counts}")
-        if config.create_stats:
-            frequent = " ".join(f"{text!r} {count:,}" for _, text, count in facts["most_frequent"][:8])
-            used = f"{facts['used_tokens']:,} of {stats['vocab_size']:,} tokens occur"
-            log(f"  {used}, entropy {facts['entropy_bits_per_token']:.2f} bits per token; most frequent: {frequent}")
-    made = f"{stats['title'] or stats['name']}, {stats['tokenizer']} with {stats['vocab_size']:,} tokens"
-    log(f"{config.output}: {made}; train on it with data_dir={config.output}")
-    return stats
+# %% ../../nbs/data/prepare.ipynb #5dc2fe4b
+def _counts_in_words(facts: dict, max_seq_length: int | None) -> str:
+    "What one file holds: documents, bytes, tokens, sequences."
+    words = [f"{facts['num_bytes']:,} bytes", f"{facts['num_tokens']:,} tokens"]
+    # none ends in a text that is cut in two
+    if facts["num_documents"]: words.insert(0, f"{facts['num_documents']:,} documents")
+    if facts["bytes_per_token"]: words.append(f"{facts['bytes_per_token']:.2f} bytes per token")
+    if max_seq_length: words.append(f"{facts['num_sequences']:,} sequences of {max_seq_length}")
+    return ", ".join(words)
+
+def _tokens_in_words(facts: dict, vocab_size: int) -> str:
+    "Which tokens a file uses."
+    frequent = " ".join(f"{text!r} {count:,}" for _, text, count in facts["most_frequent"][:8])
+    used = f"{facts['used_tokens']:,} of {vocab_size:,} tokens occur"
+    entropy = f"entropy {facts['entropy_bits_per_token']:.2f} bits per token"
+    return f"{used}, {entropy}; most frequent: {frequent}"
 
 def _input_corpus(path: Path, settings: dict) -> Corpus:
     kind = file_kind(path)
-    if kind not in ("text", "folder"): raise ConfigError(f"{path}: holds tokens already ({kind}); give it as train_data_path, or give text")
-    return load_corpus(path, **settings)
+    if kind in ("text", "table", "folder"): return load_corpus(path, **settings)
+    instead = "give it as train_data_path, or, to read numbers as text, as dataset"
+    raise ConfigError(f"{path}: holds tokens already ({kind}); {instead}")
 
 def _default_workers(corpus: Corpus) -> int:
     "All cores for a text above 32 MB, else this process alone."
@@ -394,172 +612,270 @@ def _default_workers(corpus: Corpus) -> int:
     large = sum(path.stat().st_size for path in paths if path) > 1 << 25
     return (os.cpu_count() or 1) if large else 0
 
-def prepare_from_options(log=print, *, input_path=None, tokenizer=None, file_format="bin", **options) -> dict:
-    "`prepare_from_config` with the settings as keywords (`input` as `input_path`, `format` as `file_format`)."
-    return prepare_from_config(PrepareConfig(input=input_path, tokenizer=tokenizer or "auto", format=file_format, **options), log)
+# %% ../../nbs/data/prepare.ipynb #a29b8ef7
+def prepare_from_config(config: PrepareConfig, log=print) -> dict:
+    """`prepare` as the command line asks for it; returns the statistics. `log` prints a line for
+    each file, with `create_stats` two."""
+    own = Tokenizer.from_files(config.vocab, config.merges) if config.vocab else config.tokenizer
+    settings = dict(column=config.text_column, val_fraction=config.val_fraction,
+                    split_seed=config.split_seed, max_samples=config.max_samples)
+    if config.dataset: corpus = load_corpus(config.dataset, config.dataset_config, **settings)
+    else: corpus = _input_corpus(as_path(config.input), settings)
+    num_workers = _default_workers(corpus) if config.num_workers is None else config.num_workers
+    stats = prepare(corpus, config.output, own, vocab_size=config.vocab_size, format=config.format,
+                    num_workers=num_workers, max_seq_length=config.max_seq_length, progress=True,
+                    overwrite=config.overwrite)
+    for split, facts in stats["splits"].items():
+        counts = _counts_in_words(facts, config.max_seq_length)
+        log(f"{FILE_NAMES[split]}{FORMATS[config.format]}: {counts}")
+        if config.create_stats: log(f"  {_tokens_in_words(facts, stats['vocab_size'])}")
+    made = f"{stats['title'] or stats['name']}, {stats['tokenizer']} with {stats['vocab_size']:,} tokens"
+    log(f"{config.output}: {made}; train on it with data_dir={config.output}")
+    return stats
 
-# %% ../../nbs/data/prepare.ipynb #0d30bf1e
+# %% ../../nbs/data/prepare.ipynb #d6c0c650
 @dataclass
 class TrainingData:
-    """What a run trains on. `tokenizer` is None where bare ids came without one; then text, and bits per byte, are out of reach.
-    `description` says in words what was read and how."""
+    """What a run trains on. `tokenizer` is None where bare ids came without one; then text, and
+    bits per byte, are out of reach. `description` says in words what was read and how."""
     train: TokenFile
     validation: TokenFile
     tokenizer: Any
     name: str
     description: str = ""
     test: TokenFile | None = None
-    padded_vocab_size: int = 0   # what the configuration asked for, where that is more than the tokenizer has
+    # what the configuration asked for, where that is more than the tokenizer has
+    padded_vocab_size: int = 0
 
     @property
     def vocab_size(self) -> int:
         "How many ids a model of this data must know."
-        return max(self.padded_vocab_size, self.train.vocab_size, self.validation.vocab_size, 0 if self.tokenizer is None else len(self.tokenizer))
+        own = 0 if self.tokenizer is None else len(self.tokenizer)
+        return max(self.padded_vocab_size, self.train.vocab_size, self.validation.vocab_size, own)
 
     @property
     def bytes_per_token(self) -> float | None: return self.validation.bytes_per_token
 
-def cache_folder() -> Path:
-    "Where prepared data is kept: $SPROUT_LAB_CACHE, else ~/.cache/sprout-lab."
-    folder = as_path(os.environ.get("SPROUT_LAB_CACHE") or "~/.cache/sprout-lab")
-    try: folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error: raise ConfigError(f"{folder}: the cache cannot be written ({error.strerror}); set SPROUT_LAB_CACHE to a folder that can") from None
-    return folder
-
+# %% ../../nbs/data/prepare.ipynb #c63633fb
 def is_prepared(folder) -> bool:
     "Whether a folder was written by `prepare`."
-    return any((Path(folder) / name).exists() for name in ("train.bin", "stats.json", ".prepare/journal.json"))
+    names = ("train.bin", "stats.json", ".prepare/journal.json")
+    return any((Path(folder) / name).exists() for name in names)
 
 def open_prepared(folder, tokenizer=None) -> TrainingData:
     "A folder written by `prepare`. `tokenizer`: refuse a folder that another one made."
     folder = as_path(folder)
     if (folder / ".prepare" / "journal.json").exists() and not (folder / "stats.json").exists():
-        raise ConfigError(f"{folder}: its preparation was interrupted; run the same `sprout-lab prepare` again, it continues")
+        problem = "its preparation was interrupted"
+        raise ConfigError(f"{folder}: {problem}; run the same `sprout-lab prepare` again, it continues")
     for name in ("train", "val"):
-        if not (folder / f"{name}.bin").exists():
-            other = next((f for f in FORMATS.values() if (folder / name).with_suffix(f).exists()), None)
-            raise ConfigError(f"{folder}: holds no {name}.bin" + (f" but {name}{other}; give train_data_path and val_data_path" if other else "; run `sprout-lab prepare` again"))
-    own = tokenizer if tokenizer is not None else load_tokenizer(folder / "tokenizer") if (folder / "tokenizer").is_dir() else None
-    files = {name: TokenFile.open(folder / f"{name}.bin", own) for name in ("train", "val", "test") if (folder / f"{name}.bin").exists()}
-    return TrainingData(files["train"], files["val"], own, files["train"].name.split(" ")[0] or folder.name, f"prepared data in {folder}", files.get("test"))
+        if (folder / f"{name}.bin").exists(): continue
+        other = next((f for f in FORMATS.values() if (folder / name).with_suffix(f).exists()), None)
+        if other:
+            problem = f"holds no {name}.bin but {name}{other}"
+            raise ConfigError(f"{folder}: {problem}; give train_data_path and val_data_path")
+        raise ConfigError(f"{folder}: holds no {name}.bin; run `sprout-lab prepare` again")
+    if tokenizer is None and (folder / "tokenizer").is_dir():
+        tokenizer = load_tokenizer(folder / "tokenizer")
+    open_file = lambda name: TokenFile.open(folder / f"{name}.bin", tokenizer)
+    train, validation = open_file("train"), open_file("val")
+    test = open_file("test") if (folder / "test.bin").exists() else None
+    name = train.name.split(" ")[0] or folder.name
+    return TrainingData(train, validation, tokenizer, name, f"prepared data in {folder}", test)
 
-def prepare_cached(corpus: Corpus, tokenizer="byte", vocab_size: int | None = None, num_workers: int = 0, progress: bool = False) -> Path:
-    "The cache's folder for a corpus and a tokenizer (as in `prepare`); prepared first where it is not there, or is damaged."
-    if isinstance(tokenizer, (str, Path)):
-        tokenizer = resolve_tokenizer(tokenizer, vocab_size)
-        if tokenizer not in TRAINED: tokenizer = load_tokenizer(tokenizer, vocab_size=vocab_size)
-    rule = [tokenizer, vocab_size] if isinstance(tokenizer, str) else fingerprint(tokenizer)
+# %% ../../nbs/data/prepare.ipynb #275a77f9
+def cache_folder() -> Path:
+    "Where prepared data is kept: $SPROUT_LAB_CACHE, else ~/.cache/sprout-lab."
+    folder = as_path(os.environ.get("SPROUT_LAB_CACHE") or "~/.cache/sprout-lab")
+    try: folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        problem = f"the cache cannot be written ({error.strerror})"
+        raise ConfigError(f"{folder}: {problem}; set SPROUT_LAB_CACHE to a folder that can") from None
+    return folder
+
+def prepare_cached(corpus: Corpus, tokenizer="byte", vocab_size: int | None = None,
+                   num_workers: int = 0, progress: bool = False) -> Path:
+    """The cache's folder for a corpus and a tokenizer (as in `prepare`); prepared first where it
+    is not there, or is damaged."""
+    tokenizer, rule = _rule_of(tokenizer, vocab_size)
     name = "".join(c if c.isalnum() or c in "-_" else "_" for c in corpus.name)[:40]
-    folder = cache_folder() / "data" / f"{name}-{hashlib.sha256(json.dumps([corpus.fingerprint(), rule]).encode()).hexdigest()[:16]}"
-    prepare(corpus, folder, tokenizer, vocab_size=vocab_size, num_workers=num_workers, progress=progress, overwrite=True)
+    digest = hashlib.sha256(json.dumps([corpus.fingerprint(), rule]).encode()).hexdigest()
+    folder = cache_folder() / "data" / f"{name}-{digest[:16]}"
+    options = dict(vocab_size=vocab_size, num_workers=num_workers, progress=progress)
+    prepare(corpus, folder, tokenizer, overwrite=True, **options)
     try:
         for split in corpus.splits: TokenFile.open(folder / f"{FILE_NAMES[split]}.bin")
         load_tokenizer(folder / "tokenizer")
     except ConfigError as error:
         logger.warning("%s; it is in the cache and is prepared again", error)
         shutil.rmtree(folder, ignore_errors=True)
-        prepare(corpus, folder, tokenizer, vocab_size=vocab_size, num_workers=num_workers, progress=progress)
+        prepare(corpus, folder, tokenizer, **options)
     return folder
 
-def _prepared(corpus: Corpus, tokenizer, config: DataConfig, progress: bool) -> TrainingData:
+def _prepare_and_open(corpus: Corpus, tokenizer, config: DataConfig, progress: bool) -> TrainingData:
+    "A corpus as training data, by `tokenizer` or, where that is None, the configured one."
+    if tokenizer is None: tokenizer = config.tokenizer
     folder = prepare_cached(corpus, tokenizer, config.vocab_size, config.num_workers, progress)
     data = open_prepared(folder, None if isinstance(tokenizer, str) else tokenizer)
     data.name, data.description = corpus.name, corpus.title or corpus.name
     return data
 
-def _ids_file(path: Path, kind: str, tokenizer, vocab_size: int | None, split: str, begin: float = 0, end: float = 1) -> TokenFile:
+# %% ../../nbs/data/prepare.ipynb #398008aa
+def _check_ids(path: Path, low: int, high: int, tokenizer, vocab_size: int | None) -> int:
+    "The size of the vocabulary for ids from `low` to `high`; refuse those that it does not have."
+    if high < low:
+        problem = f"{path}: holds no token ids"
+        raise ConfigError(f"{problem}; ids are whole numbers separated by spaces or line ends")
+    if low < 0: raise ConfigError(f"{path}: holds the id {low}; token ids begin at 0")
+    if high >= 2**24:
+        problem = f"{path}: holds the id {high}"
+        raise ConfigError(f"{problem}; ids of vocabularies up to {2**24:,} are allowed")
+    size = len(tokenizer) if tokenizer is not None else vocab_size or high + 1
+    if high < size: return size
+    allowed = "the tokenizer has" if tokenizer is not None else f"vocab_size={vocab_size} allows"
+    problem = f"holds the id {high}, and {allowed} ids from 0 to {size - 1}"
+    raise ConfigError(f"{path}: {problem}; use the tokenizer that made it, or a larger vocab_size")
+
+# %% ../../nbs/data/prepare.ipynb #93ad8b60
+def _ids_file(path: Path, kind: str, tokenizer, vocab_size: int | None, split: str,
+              begin: float = 0, end: float = 1) -> TokenFile:
     "Bare ids as a cached token file; `begin` and `end` are the stretch, as shares of the tokens."
-    number, low, high = 0, 0, -1
+    number, low, high = 0, 2**63, -2**63
     for ids in read_ids(path, kind):
         number, low, high = number + len(ids), min(low, int(ids.min())), max(high, int(ids.max()))
-    if number == 0: raise ConfigError(f"{path}: holds no token ids; ids are whole numbers separated by spaces or line ends")
-    if low < 0: raise ConfigError(f"{path}: holds the id {low}; token ids begin at 0")
-    if high >= 2**24: raise ConfigError(f"{path}: holds the id {high}; ids of vocabularies up to {2**24:,} are allowed")
-    size = len(tokenizer) if tokenizer is not None else vocab_size or high + 1
-    if high >= size:
-        source = "the tokenizer has" if tokenizer is not None else f"vocab_size={vocab_size} allows"
-        raise ConfigError(f"{path}: holds the id {high}, and {source} ids from 0 to {size - 1}; use the tokenizer that made it, or a larger vocab_size")
+    size = _check_ids(path, low, high, tokenizer, vocab_size)
     own = fingerprint(tokenizer) if tokenizer is not None else ""
-    key = hashlib.sha256(json.dumps([scan(path).digest.hex(), own, size, split, begin, end]).encode()).hexdigest()[:16]
-    target = cache_folder() / "ids" / f"{path.stem[:40]}-{key}.bin"
+    facts = json.dumps([scan(path).digest.hex(), own, size, split, begin, end])
+    key = hashlib.sha256(facts.encode()).hexdigest()
+    target = cache_folder() / "ids" / f"{path.stem[:40]}-{key[:16]}.bin"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.exists(): return TokenFile.open(target, tokenizer)
-    except OSError as error: raise _disk(error, target) from None
+    except OSError as error: raise _disk_error(error, target) from None
     except ConfigError as error: logger.warning("%s; it is in the cache and is made again", error)
-    first, last, place = int(number * begin), int(number * end), 0
     lengths = token_bytes(tokenizer) if tokenizer is not None else None
+    first, last, place = int(number * begin), int(number * end), 0
     with TokenWriter(target, size, own, f"{path.stem} {split}") as writer:
         for ids in read_ids(path, kind):
             part = ids[max(first - place, 0):max(last - place, 0)]
             place += len(ids)
-            if len(part): writer.write(part, num_bytes=0 if lengths is None else int(lengths[part].sum()))
+            if len(part):
+                writer.write(part, num_bytes=0 if lengths is None else int(lengths[part].sum()))
     return TokenFile.open(target, tokenizer)
 
+# %% ../../nbs/data/prepare.ipynb #a1c405c7
+def _ids_tokenizer(config: DataConfig, path: Path):
+    "The tokenizer of bare ids: the one asked for, else the one saved beside them, else none."
+    if config.tokenizer != "auto":
+        return load_tokenizer(config.tokenizer, vocab_size=config.vocab_size)
+    if (path.parent / "tokenizer").is_dir(): return load_tokenizer(path.parent / "tokenizer")
+    if (path.parent / "vocab.json").exists() and (path.parent / "merges.txt").exists():
+        return load_tokenizer(path.parent)
+    return None
+
+# %% ../../nbs/data/prepare.ipynb #fa59a2c2
+def _file_sources(path: Path, column: str) -> list:
+    return [file_source(file, column) for file in (text_files(path) if path.is_dir() else [path])]
+
+def _text_file_data(paths: dict[str, Path], config: DataConfig, tokenizer, progress) -> TrainingData:
+    "Training data from text: files, tables or folders."
+    if "validation" not in paths:
+        corpus = local_corpus(paths["train"], config.text_column, val_fraction=config.val_fraction,
+                              split_seed=config.split_seed, max_samples=config.max_samples)
+    else:
+        sources = {split: _file_sources(path, config.text_column) for split, path in paths.items()}
+        corpus = Corpus(paths["train"].stem, sources, max_samples=config.max_samples)
+    return _prepare_and_open(corpus, tokenizer, config, progress)
+
+# %% ../../nbs/data/prepare.ipynb #ea86b38d
+def _ids_file_data(paths: dict[str, Path], kinds: dict[str, str], config, tokenizer) -> TrainingData:
+    "Training data from token ids: token files, .npy, or ids as text."
+    if tokenizer is None: tokenizer = _ids_tokenizer(config, paths["train"])
+    def open_part(name: str, split: str, begin: float = 0, end: float = 1) -> TokenFile:
+        path, kind = paths[name], kinds[name]
+        if kind != "token file":
+            return _ids_file(path, kind, tokenizer, config.vocab_size, split, begin, end)
+        if (begin, end) == (0, 1): return TokenFile.open(path, tokenizer)
+        problem = "is a token file without a validation file"
+        raise ConfigError(f"{path}: {problem}; give val_data_path too, or data_dir")
+    cut = 1 if "validation" in paths else 1 - config.val_fraction
+    train = open_part("train", "train", 0, cut)
+    if "validation" in paths: validation = open_part("validation", "validation")
+    else: validation = open_part("train", "validation", cut, 1)
+    if train.fingerprint and validation.fingerprint and train.fingerprint != validation.fingerprint:
+        problem = f"{paths['train']} and {paths['validation']} were made with different tokenizers"
+        raise ConfigError(f"{problem}; prepare both with one")
+    return TrainingData(train, validation, tokenizer, paths["train"].stem)
+
+# %% ../../nbs/data/prepare.ipynb #98ecb973
 def _file_data(config: DataConfig, tokenizer, progress: bool) -> TrainingData:
     "Training data from `train_data_path` and `val_data_path`."
     paths = {"train": as_path(config.train_data_path)}
     if config.val_data_path: paths["validation"] = as_path(config.val_data_path)
     kinds = {split: file_kind(path) for split, path in paths.items()}
-    described = ", ".join(f"{split}: {paths[split]} ({'token ids as text' if kind == 'ids' else kind})" for split, kind in kinds.items())
+    words = {"ids": "token ids as text"}
+    parts = [f"{split}: {paths[split]} ({words.get(kind, kind)})" for split, kind in kinds.items()]
+    described = ", ".join(parts)
     logger.info("data: %s", described)
-    texts = [split for split, kind in kinds.items() if kind in ("text", "folder")]
+    texts = [split for split, kind in kinds.items() if kind in ("text", "table", "folder")]
     if texts and len(texts) < len(kinds):
-        raise ConfigError(f"train_data_path is {kinds['train']} and val_data_path is {kinds['validation']}; give both as text or both as token ids")
-    if texts:
-        settings = dict(column=config.text_column, max_samples=config.max_samples)
-        if "validation" not in paths: corpus = local_corpus(paths["train"], val_fraction=config.val_fraction, split_seed=config.split_seed, **settings)
-        else:
-            files = {split: text_files(path) if path.is_dir() else [path] for split, path in paths.items()}
-            both = {split: [FileSource(file, config.text_column) for file in found] for split, found in files.items()}
-            corpus = Corpus(paths["train"].stem, both, max_samples=config.max_samples)
-        data = _prepared(corpus, tokenizer if tokenizer is not None else config.tokenizer, config, progress)
-    else:
-        if tokenizer is None: tokenizer = _ids_tokenizer(config, paths["train"])
-        held = 0 if "validation" in paths else config.val_fraction
-        def opened(split, begin, end):
-            path, kind = paths[split], kinds[split]
-            if kind != "token file": return _ids_file(path, kind, tokenizer, config.vocab_size, split, begin, end)
-            if (begin, end) != (0, 1): raise ConfigError(f"{path}: is a token file without a validation file; give val_data_path too, or data_dir")
-            return TokenFile.open(path, tokenizer)
-        train = opened("train", 0, 1 - held)
-        validation = opened("validation", 0, 1) if not held else _ids_file(paths["train"], kinds["train"], tokenizer, config.vocab_size, "validation", 1 - held, 1)
-        if train.fingerprint and validation.fingerprint and train.fingerprint != validation.fingerprint:
-            raise ConfigError(f"{paths['train']} and {paths['validation']} were made with different tokenizers; prepare both with one")
-        data = TrainingData(train, validation, tokenizer, paths["train"].stem)
-    data.description = described if data.tokenizer is not None else f"{described}; without a tokenizer there is no text and no bits per byte (tokenizer=gpt2, say, tells whose ids they are)"
+        problem = f"train_data_path is {kinds['train']} and val_data_path is {kinds['validation']}"
+        raise ConfigError(f"{problem}; give both as text or both as token ids")
+    if texts: data = _text_file_data(paths, config, tokenizer, progress)
+    else: data = _ids_file_data(paths, kinds, config, tokenizer)
+    if data.tokenizer is None:
+        described += ("; without a tokenizer there is no text and no bits per byte "
+                      "(tokenizer=gpt2, say, tells whose ids they are)")
+    data.description = described
     return data
 
-def _ids_tokenizer(config: DataConfig, path: Path):
-    "The tokenizer of bare ids: the one asked for, else the one saved beside them, else none."
-    if config.tokenizer != "auto": return load_tokenizer(config.tokenizer, vocab_size=config.vocab_size)
-    if (path.parent / "tokenizer").is_dir(): return load_tokenizer(path.parent / "tokenizer")
-    if (path.parent / "vocab.json").exists() and (path.parent / "merges.txt").exists(): return load_tokenizer(path.parent)
-    return None
+# %% ../../nbs/data/prepare.ipynb #c7874231
+def _folder_data(config: DataConfig, tokenizer, progress: bool) -> TrainingData:
+    "Training data from `data_dir`: prepared, or a folder of texts."
+    folder = as_path(config.data_dir)
+    if not exists(folder): raise missing_path_error(folder)
+    if is_prepared(folder):
+        if tokenizer is None and config.tokenizer != "auto":
+            tokenizer = load_tokenizer(config.tokenizer, vocab_size=config.vocab_size)
+        return open_prepared(folder, tokenizer)
+    corpus = load_corpus(folder, column=config.text_column, val_fraction=config.val_fraction,
+                         split_seed=config.split_seed, max_samples=config.max_samples)
+    return _prepare_and_open(corpus, tokenizer, config, progress)
 
+# %% ../../nbs/data/prepare.ipynb #410fe11e
+def _check_sizes(data: TrainingData, config: DataConfig) -> None:
+    "Refuse data that is too short for a window, or has more tokens than the configuration allows."
+    if config.vocab_size and config.vocab_size < data.vocab_size:
+        problem = f"vocab_size={config.vocab_size}: {data.name} was made with {data.vocab_size:,} tokens"
+        raise ConfigError(f"{problem}; leave vocab_size out, or give at least that")
+    window = config.sequence_length + 1
+    needed = f"a window with its target needs {window:,}"
+    if len(data.train) < window:
+        problem = f"{data.name} has {len(data.train):,} training tokens, and {needed}"
+        instead = "use more data or a shorter sequence_length"
+        raise ConfigError(f"sequence_length={config.sequence_length}: {problem}; {instead}")
+    if len(data.validation) < 2:
+        problem = f"{len(data.validation)} tokens are held out, and at least 2 are needed"
+        raise ConfigError(f"{data.name}: {problem}; use more data or a larger val_fraction")
+    if config.val_data_path and len(data.validation) < window:
+        problem = f"holds {len(data.validation):,} tokens, and {needed}"
+        instead = "use a longer file or a shorter sequence_length"
+        raise ConfigError(f"{config.val_data_path}: {problem}; {instead}")
+
+# %% ../../nbs/data/prepare.ipynb #1d442427
 def load_data(config: DataConfig | None = None, tokenizer=None, progress: bool = False) -> TrainingData:
-    """The training and validation data of a configuration, prepared and cached where needed. `tokenizer` overrides the configured one (a checkpoint's own).
-    Raises one-line `ConfigError`s for whatever is wrong with paths, files, names and sizes."""
+    """The training and validation data of a configuration, prepared and cached where needed.
+    `tokenizer` overrides the configured one (a checkpoint's own). Raises one-line `ConfigError`s
+    for whatever is wrong with paths, files, names and sizes."""
     config = config or DataConfig()
-    if config.data_dir:
-        folder = as_path(config.data_dir)
-        if not exists(folder): raise missing(folder)
-        if is_prepared(folder):
-            own = tokenizer if tokenizer is not None else None if config.tokenizer == "auto" else load_tokenizer(config.tokenizer, vocab_size=config.vocab_size)
-            data = open_prepared(folder, own)
-        else:
-            corpus = load_corpus(folder, column=config.text_column, val_fraction=config.val_fraction, split_seed=config.split_seed, max_samples=config.max_samples)
-            data = _prepared(corpus, tokenizer if tokenizer is not None else config.tokenizer, config, progress)
+    if config.data_dir: data = _folder_data(config, tokenizer, progress)
     elif config.train_data_path: data = _file_data(config, tokenizer, progress)
     else:
-        corpus = load_corpus(config.dataset_name, config.dataset_config, config.dataset_split, config.text_column, config.val_fraction, config.split_seed,
+        corpus = load_corpus(config.dataset_name, config.dataset_config, config.dataset_split,
+                             config.text_column, config.val_fraction, config.split_seed,
                              config.max_samples)
-        data = _prepared(corpus, tokenizer if tokenizer is not None else config.tokenizer, config, progress)
-    if config.vocab_size and config.vocab_size < data.vocab_size:
-        raise ConfigError(f"vocab_size={config.vocab_size}: {data.name} was made with {data.vocab_size:,} tokens; leave vocab_size out, or give at least that")
-    if config.vocab_size and resolve_tokenizer(config.tokenizer, config.vocab_size) not in TRAINED: data.padded_vocab_size = config.vocab_size
-    if len(data.train) < config.sequence_length + 1:
-        raise ConfigError(f"sequence_length={config.sequence_length}: {data.name} has {len(data.train):,} training tokens, and a window with its target needs {config.sequence_length + 1:,}; use more data or a shorter sequence_length")
-    if len(data.validation) < 2:
-        raise ConfigError(f"{data.name}: {len(data.validation)} tokens are held out, and at least 2 are needed; use more data or a larger val_fraction")
+        data = _prepare_and_open(corpus, tokenizer, config, progress)
+    _check_sizes(data, config)
+    trained = resolve_tokenizer(config.tokenizer, config.vocab_size) in TRAINED
+    if config.vocab_size and not trained: data.padded_vocab_size = config.vocab_size
     return data

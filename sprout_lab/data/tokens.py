@@ -19,91 +19,143 @@ import numpy as np
 import torch
 
 from ..configs import ConfigError, nearest
-from .corpora import is_special_file
+from .corpora import is_special_file, special_file_error, unreadable_error
 
 # %% ../../nbs/data/tokens.ipynb #ce4630dd
 MAGIC, VERSION, HEADER_BYTES = b"SPROUTTK", 1, 4096
-_FIELDS = {"dtype": str, "num_tokens": int, "num_bytes": int, "num_documents": int, "vocab_size": int,
-           "fingerprint": str, "checksum": int, "name": str}
+_FIELDS = {"dtype": str, "num_tokens": int, "num_bytes": int, "num_documents": int,
+           "vocab_size": int, "fingerprint": str, "checksum": int, "name": str}
 
 def token_dtype(vocab_size: int) -> str:
-    "The smallest unsigned type that holds every id below `vocab_size`: uint8 up to 256, uint16 up to 65,536, else uint32."
+    """The smallest unsigned type for ids below `vocab_size`: uint8 up to 256, uint16 up to
+    65,536, else uint32."""
     return "uint8" if vocab_size <= 2**8 else "uint16" if vocab_size <= 2**16 else "uint32"
 
 # %% ../../nbs/data/tokens.ipynb #69344449
 def _pack_header(facts: dict) -> bytes:
     text = json.dumps(facts, sort_keys=True).encode()
     header = MAGIC + struct.pack("<III", VERSION, len(text), zlib.crc32(text)) + text
-    if len(header) > HEADER_BYTES: raise ConfigError(f"name={facts['name'][:40]!r}...: too long for a token file's header of {HEADER_BYTES} bytes")
+    if len(header) > HEADER_BYTES:
+        limit = f"a token file's header of {HEADER_BYTES} bytes"
+        raise ConfigError(f"name={facts['name'][:40]!r}...: too long for {limit}")
     return header.ljust(HEADER_BYTES, b"\0")
 
+_AGAIN = "prepare it again with `sprout-lab prepare`"
+
+def _unpack_header(head: bytes) -> dict | str:
+    "The facts in a header, or what is wrong with it in words."
+    if not head: return "is empty"
+    if not head.startswith(MAGIC):
+        return f"is not a sprout-lab token file (its first bytes are not {MAGIC.decode()})"
+    if len(head) < HEADER_BYTES:
+        return f"is cut off within its header ({len(head)} of {HEADER_BYTES} bytes)"
+    version, length, checksum = struct.unpack_from("<III", head, len(MAGIC))
+    if version != VERSION: return f"is a token file of format {version}, and {VERSION} is read here"
+    text = head[20:20 + length]
+    if length > HEADER_BYTES - 20 or zlib.crc32(text) != checksum:
+        return "its header is damaged (checksum differs)"
+    try: facts = json.loads(text)
+    except (ValueError, RecursionError): facts = None
+    return facts if _is_header(facts) else "its header does not hold what a token file's must"
+
+def _is_header(facts) -> bool:
+    "Whether a header's facts are of the right types and possible."
+    if not isinstance(facts, dict): return False
+    if any(type(facts.get(name)) is not kind for name, kind in _FIELDS.items()): return False
+    if facts["dtype"] not in ("uint8", "uint16", "uint32"): return False
+    counts = (facts["num_tokens"], facts["num_bytes"], facts["num_documents"])
+    return min(counts) >= 0 and 1 <= facts["vocab_size"] <= 2**32
+
+# %% ../../nbs/data/tokens.ipynb #187227a3
 def _read_header(path: Path) -> dict:
     "The checked facts in a token file's header, or a one-line `ConfigError`."
-    again = "prepare it again with `sprout-lab prepare`"
-    if is_special_file(path): raise ConfigError(f"{path}: is a pipe or a device, not a token file; {again}")
+    if is_special_file(path): raise special_file_error(path)
     try:
         with open(path, "rb") as file: head = file.read(HEADER_BYTES)
         size = path.stat().st_size
-    except FileNotFoundError:
-        beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise ConfigError(f"{path}: no such token file{nearest(path.name, beside)}; `sprout-lab prepare` makes one") from None
-    except IsADirectoryError: raise ConfigError(f"{path}: is a folder, not a token file; data_dir takes a prepared folder") from None
-    except OSError as error: raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
-    if not head: raise ConfigError(f"{path}: is empty; {again}")
-    if not head.startswith(MAGIC):
-        raise ConfigError(f"{path}: is not a sprout-lab token file (its first bytes are not {MAGIC.decode()}); {again}, or give raw text, ids as text, or .npy")
-    if len(head) < HEADER_BYTES: raise ConfigError(f"{path}: is cut off within its header ({len(head)} of {HEADER_BYTES} bytes); {again}")
-    version, length, checksum = struct.unpack_from("<III", head, len(MAGIC))
-    if version != VERSION: raise ConfigError(f"{path}: is a token file of format {version}, and format {VERSION} is read here; {again}")
-    text = head[20:20 + length]
-    if length > HEADER_BYTES - 20 or zlib.crc32(text) != checksum: raise ConfigError(f"{path}: its header is damaged (checksum differs); {again}")
-    try: facts = json.loads(text)
-    except (ValueError, RecursionError): facts = None
-    if not isinstance(facts, dict) or any(type(facts.get(k)) is not t for k, t in _FIELDS.items()) or facts["dtype"] not in ("uint8", "uint16", "uint32") \
-            or min(facts["num_tokens"], facts["num_bytes"], facts["num_documents"]) < 0 or not 1 <= facts["vocab_size"] <= 2**32:
-        raise ConfigError(f"{path}: its header does not hold what a token file's must; {again}")
+    except FileNotFoundError: raise _no_token_file_error(path) from None
+    except IsADirectoryError:
+        problem = "is a folder, not a token file"
+        raise ConfigError(f"{path}: {problem}; data_dir takes a prepared folder") from None
+    except OSError as error: raise unreadable_error(path, error) from None
+    facts = _unpack_header(head)
+    if isinstance(facts, str):
+        foreign = head and not head.startswith(MAGIC)
+        others = ", or give raw text, ids as text, or .npy" if foreign else ""
+        raise ConfigError(f"{path}: {facts}; {_AGAIN}{others}")
     expected = HEADER_BYTES + facts["num_tokens"] * np.dtype(facts["dtype"]).itemsize
     if size != expected:
-        what = "is cut off" if size < expected else "is longer than its header says"
-        raise ConfigError(f"{path}: {what} ({size:,} bytes, {expected:,} expected); {again}")
+        problem = "is cut off" if size < expected else "is longer than its header says"
+        raise ConfigError(f"{path}: {problem} ({size:,} bytes, {expected:,} expected); {_AGAIN}")
     return facts
+
+def _no_token_file_error(path: Path) -> ConfigError:
+    siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    hint = nearest(path.name, siblings)
+    return ConfigError(f"{path}: no such token file{hint}; `sprout-lab prepare` makes one")
+
+# %% ../../nbs/data/tokens.ipynb #b0c492c2
+def _disk_error(error: OSError, path: Path) -> ConfigError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        instead = "free some space and run the same command again"
+        return ConfigError(f"{path}: the disk is full; {instead}")
+    return ConfigError(f"{path}: cannot be written ({error.strerror}); choose another folder")
+
+def _id_range_error(ids: np.ndarray, vocab_size: int) -> ConfigError:
+    wrong = int(ids.min()) if ids.min() < 0 else int(ids.max())
+    allowed = f"ids from 0 to {vocab_size - 1} are allowed (vocab_size={vocab_size})"
+    instead = "use the tokenizer that made them, or a larger vocab_size"
+    return ConfigError(f"token id {wrong}: {allowed}; {instead}")
+
+def _begin_part(path: Path):
+    "A new unfinished file, with room for the header."
+    if is_special_file(path): raise special_file_error(path)
+    file = open(path, "wb")
+    file.write(b"\0" * HEADER_BYTES)
+    return file
+
+def _continue_part(path: Path, size: int):
+    "An unfinished file, cut back to `size` bytes: what was written after the remembered moment goes."
+    file = open(path, "r+b")
+    if file.seek(0, os.SEEK_END) < size:
+        problem = "is shorter than its journal says"
+        raise ConfigError(f"{path}: {problem}; remove its folder and prepare again")
+    file.truncate(size)
+    file.seek(0, os.SEEK_END)
+    return file
 
 # %% ../../nbs/data/tokens.ipynb #211d74cd
 class TokenWriter:
     """Write a token file piece by piece. Nothing stands under `path` before `close` has finished.
 
-    `vocab_size` decides the dtype, and every id is checked against it. `fingerprint` is the tokenizer's (see
-    `sprout_lab.data.tokenizers.fingerprint`), "" when it is unknown. `num_bytes` and `num_documents` given to `write` are summed.
+    `vocab_size` decides the dtype, and every id is checked against it. `fingerprint` is the
+    tokenizer's (see `sprout_lab.data.tokenizers.fingerprint`), "" when it is unknown. `num_bytes`
+    and `num_documents` given to `write` are summed. `part_path`: where the unfinished file lies.
     As a context manager it closes on success and removes the unfinished file on an error."""
 
-    def __init__(self, path, vocab_size: int, fingerprint: str = "", name: str = "", resume: dict | None = None, beside=None):
-        if not 1 <= vocab_size <= 2**32: raise ConfigError(f"vocab_size={vocab_size}: a token file holds ids of vocabularies from 1 to {2**32:,}")
+    def __init__(self, path, vocab_size: int, fingerprint: str = "", name: str = "",
+                 resume: dict | None = None, part_path=None):
+        if not 1 <= vocab_size <= 2**32:
+            allowed = f"a token file holds ids of vocabularies from 1 to {2**32:,}"
+            raise ConfigError(f"vocab_size={vocab_size}: {allowed}")
         self.path = Path(path)
-        self.beside = Path(beside) if beside else self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
-        self.facts = {"dtype": token_dtype(vocab_size), "num_tokens": 0, "num_bytes": 0, "num_documents": 0, "vocab_size": int(vocab_size),
-                      "fingerprint": fingerprint, "checksum": 0, "name": name}
+        self.part_path = Path(part_path or self.path.with_name(f".{self.path.name}.{os.getpid()}.part"))
+        self.facts = dict(dtype=token_dtype(vocab_size), num_tokens=0, num_bytes=0, num_documents=0,
+                          vocab_size=int(vocab_size), fingerprint=fingerprint, checksum=0, name=name)
         self.dtype = np.dtype(self.facts["dtype"]).newbyteorder("<")
-        try:
-            if resume is None:
-                self.file = open(self.beside, "wb")
-                self.file.write(b"\0" * HEADER_BYTES)
-            else:   # whatever was written after the remembered moment is cut away
-                self.facts |= resume
-                self.file = open(self.beside, "r+b")
-                if self.file.seek(0, os.SEEK_END) < self._size(): raise ConfigError(f"{self.beside}: is shorter than its journal says; remove its folder and prepare again")
-                self.file.truncate(self._size())
-                self.file.seek(0, os.SEEK_END)
+        self.facts |= resume or {}
+        size = HEADER_BYTES + self.facts["num_tokens"] * self.dtype.itemsize
+        try: self.file = _continue_part(self.part_path, size) if resume else _begin_part(self.part_path)
         except OSError as error: raise _disk_error(error, self.path) from None
 
-    def _size(self) -> int: return HEADER_BYTES + self.facts["num_tokens"] * self.dtype.itemsize
 
     def write(self, ids, num_bytes: int = 0, num_documents: int = 0) -> None:
-        "Append `ids` (any integer array or list), which stand for `num_bytes` bytes of text and end `num_documents` documents."
+        """Append `ids` (any integer array or list), which stand for `num_bytes` bytes of text and
+        end `num_documents` documents."""
         ids = np.asarray(ids)
         if ids.size:
-            low, high = int(ids.min()), int(ids.max())
-            if low < 0 or high >= self.facts["vocab_size"]:
-                raise ConfigError(f"token id {low if low < 0 else high}: ids from 0 to {self.facts['vocab_size'] - 1} are allowed (vocab_size={self.facts['vocab_size']}); use the tokenizer that made them, or a larger vocab_size")
+            size = self.facts["vocab_size"]
+            if ids.min() < 0 or ids.max() >= size: raise _id_range_error(ids, size)
             raw = ids.astype(self.dtype, copy=False).tobytes()
             try: self.file.write(raw)
             except OSError as error: raise _disk_error(error, self.path) from None
@@ -127,72 +179,92 @@ class TokenWriter:
             self.file.write(_pack_header(self.facts))
             self.state()
             self.file.close()
-            os.replace(self.beside, self.path)
+            os.replace(self.part_path, self.path)
         except OSError as error: raise _disk_error(error, self.path) from None
         return TokenFile(self.path, self.facts)
 
     def discard(self) -> None:
         "Give up: remove the unfinished file."
         self.abandon()
-        self.beside.unlink(missing_ok=True)
+        self.part_path.unlink(missing_ok=True)
 
     def abandon(self) -> None:
         "Close the unfinished file and leave it, to be resumed."
         try: self.file.close()
-        except OSError: self.file = None   # what a full disk did not take lies beyond the remembered state
+        except OSError: self.file = None   # what a full disk did not take is beyond the state
 
     def __enter__(self): return self
     def __exit__(self, kind, error, trace): self.close() if kind is None else self.discard()
 
-def _disk_error(error: OSError, path: Path) -> ConfigError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT): return ConfigError(f"{path}: the disk is full; free some space and run the same command again")
-    return ConfigError(f"{path}: cannot be written ({error.strerror}); choose another folder")
-
 # %% ../../nbs/data/tokens.ipynb #b31463d8
-_verified: set = set()   # (device, inode, size, mtime_ns, ctime_ns) of files whose checksum held in this process
+_verified: set = set()   # (device, inode, size, mtime_ns, ctime_ns) of files whose checksum held
 
-def _checksum(path: Path, dtype: str, start: int = HEADER_BYTES, block: int = 1 << 20) -> tuple[int, int]:
-    "(CRC-32, largest id) of a file from byte `start`, through a map: the pages are the cache's, not ours. -1 is the largest of none."
-    checksum, high = 0, -1
+def _checksum(path: Path, dtype: str, block: int = 1 << 20) -> tuple[int, int]:
+    """(CRC-32, largest id) of a file's ids, through a map: the pages are the cache's, not ours.
+    -1 is the largest of none."""
+    checksum, high, kind = 0, -1, np.dtype(dtype).newbyteorder("<")
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-        for begin in range(start, len(mapped), block):
+        for begin in range(HEADER_BYTES, len(mapped), block):
             with memoryview(mapped) as view, view[begin:begin + block] as piece:
                 checksum = zlib.crc32(piece, checksum)
-                high = max(high, int(np.frombuffer(piece, np.dtype(dtype).newbyteorder("<")).max()))   # the block is in the processor's cache now
+                # the block is in the processor's cache now; no view may outlive the map
+                high = max(high, int(np.frombuffer(piece, kind).max()))
     return checksum, high
 
+def _verify(path: Path, facts: dict) -> None:
+    "Compare a file's ids with what its header says of them, once per process."
+    status = os.stat(path)
+    key = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    if key in _verified: return
+    checksum, high = _checksum(path, facts["dtype"])
+    if checksum != facts["checksum"]:
+        raise ConfigError(f"{path}: is damaged (the checksum of its ids differs); {_AGAIN}")
+    if high >= facts["vocab_size"]:
+        allowed = f"its header allows ids from 0 to {facts['vocab_size'] - 1}"
+        raise ConfigError(f"{path}: holds the id {high}, and {allowed}; {_AGAIN}")
+    # a younger file may change within a tick of the file system's clock
+    if time.time() - status.st_mtime > 2: _verified.add(key)
+
+def _check_tokenizer(path: Path, made_with: str, tokenizer) -> None:
+    "Refuse a file that another tokenizer made, where both are known."
+    if tokenizer is None or not made_with: return
+    own = tokenizer if isinstance(tokenizer, str) else _fingerprint_of(tokenizer)
+    if own == made_with: return
+    problem = f"was made with another tokenizer (fingerprint {made_with[:12]}, not {own[:12]})"
+    instead = "prepare the text again with this tokenizer, or use the one saved beside the file"
+    raise ConfigError(f"{path}: {problem}; {instead}")
+
+def _fingerprint_of(tokenizer) -> str:
+    from sprout_lab.data.tokenizers import fingerprint   # only here: most files need no tokenizer
+    return fingerprint(tokenizer)
+
+# %% ../../nbs/data/tokens.ipynb #3c203149
 class TokenFile:
     """A memory-mapped token file. Index it like an array; `len(file)` is the number of tokens.
 
-    Attributes, from the header: `dtype`, `num_tokens`, `num_bytes` (UTF-8 bytes of the text, 0 if unknown), `num_documents`, `vocab_size`,
-    `fingerprint` of the tokenizer ("" if unknown), `checksum`, `name`; and `path`, `tokens` (the mapped array), `bytes_per_token` (None if
+    Attributes, from the header: `dtype`, `num_tokens`, `num_bytes` (UTF-8 bytes of the text, 0 if
+    unknown), `num_documents`, `vocab_size`, `fingerprint` of the tokenizer ("" if unknown),
+    `checksum`, `name`; and `path`, `tokens` (the mapped array), `bytes_per_token` (None if
     unknown)."""
 
     def __init__(self, path, facts: dict):
         self.path, self.facts = Path(path), dict(facts)
         for name in _FIELDS: setattr(self, name, facts[name])
+        self.tokens = np.empty(0, self.dtype)
         if self.num_tokens:
-            mapped = np.memmap(self.path, dtype=np.dtype(self.dtype).newbyteorder("<"), mode="r", offset=HEADER_BYTES, shape=(self.num_tokens,))
-            self.tokens = mapped.view(np.ndarray)   # plain indexing is faster than np.memmap's own, and keeps the map alive
-        else: self.tokens = np.empty(0, self.dtype)
+            dtype, shape = np.dtype(self.dtype).newbyteorder("<"), (self.num_tokens,)
+            mapped = np.memmap(self.path, dtype, mode="r", offset=HEADER_BYTES, shape=shape)
+            self.tokens = mapped.view(np.ndarray)   # is indexed faster, and keeps the map alive
 
     @classmethod
     def open(cls, path, tokenizer=None, verify: bool = True) -> "TokenFile":
-        """Open and check a token file. `tokenizer` (or its fingerprint as a string): refuse a file that another tokenizer made.
-        Raises `ConfigError` for a missing, foreign, cut, damaged or mismatched file, one line each."""
+        """Open and check a token file. `tokenizer` (or its fingerprint as a string): refuse a
+        file that another tokenizer made. Raises `ConfigError` for a missing, foreign, cut,
+        damaged or mismatched file, one line each."""
         path = Path(path)
         facts = _read_header(path)
-        if tokenizer is not None and facts["fingerprint"]:
-            own = tokenizer if isinstance(tokenizer, str) else _fingerprint_of(tokenizer)
-            if own != facts["fingerprint"]:
-                raise ConfigError(f"{path}: was made with another tokenizer (fingerprint {facts['fingerprint'][:12]}, not {own[:12]}); prepare the text again with this tokenizer, or use the one saved beside the file")
-        status = os.stat(path)
-        key = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-        if verify and key not in _verified:
-            checksum, high = _checksum(path, facts["dtype"])
-            if checksum != facts["checksum"]: raise ConfigError(f"{path}: is damaged (the checksum of its ids differs); prepare it again with `sprout-lab prepare`")
-            if high >= facts["vocab_size"]: raise ConfigError(f"{path}: holds the id {high}, and its header allows ids from 0 to {facts['vocab_size'] - 1}; prepare it again with `sprout-lab prepare`")
-            if time.time() - status.st_mtime > 2: _verified.add(key)   # younger files may change within a tick of the file system's clock
+        _check_tokenizer(path, facts["fingerprint"], tokenizer)
+        if verify: _verify(path, facts)
         return cls(path, facts)
 
     @property
@@ -203,30 +275,37 @@ class TokenFile:
     def __len__(self): return self.num_tokens
     def __getitem__(self, index): return self.tokens[index]
     def __array__(self, dtype=None, copy=None): return np.array(self.tokens, dtype=dtype, copy=copy)
-    def __reduce__(self): return (TokenFile.open, (self.path, None, False))   # a worker maps the file again instead of copying it
+
+    def __reduce__(self):   # a worker maps the file again instead of copying it
+        return (TokenFile.open, (self.path, None, False))
+
     def __repr__(self):
         unit = f", {self.bytes_per_token:.2f} bytes per token" if self.bytes_per_token else ""
-        return f"TokenFile({self.path.name}: {self.num_tokens:,} tokens of {self.vocab_size:,}, {self.dtype}{unit})"
-
-def _fingerprint_of(tokenizer) -> str:
-    from sprout_lab.data.tokenizers import fingerprint   # only here: token files of a known fingerprint need no tokenizer
-    return fingerprint(tokenizer)
+        size = f"{self.num_tokens:,} tokens of {self.vocab_size:,}"
+        return f"TokenFile({self.path.name}: {size}, {self.dtype}{unit})"
 
 # %% ../../nbs/data/tokens.ipynb #67e8fd37
 def gather(array, starts: np.ndarray, length: int) -> np.ndarray:
-    "Rows `array[s : s + length]` for each start, as int64 [len(starts), length], by one fancy index."
+    """Rows `array[s : s + length]` for each start, as int64 [len(starts), length], by one fancy
+    index."""
     array = getattr(array, "tokens", array)
     if type(array) is np.memmap: array = array.view(np.ndarray)
     return array[starts[:, None] + np.arange(length)].astype(np.int64)
 
-def get_batch(array, batch_size: int, context_length: int, device="cpu", generator: torch.Generator | None = None):
-    """Inputs and targets `(x, y)`, int64 [batch_size, context_length] on `device`, at starts drawn uniformly from all valid ones.
-    `array`: a one-dimensional NumPy array, memmap or `TokenFile`. Raises `ConfigError` if it is shorter than one window and its target."""
+# %% ../../nbs/data/tokens.ipynb #6162cbe7
+def get_batch(array, batch_size: int, context_length: int, device="cpu",
+              generator: torch.Generator | None = None):
+    """Inputs and targets `(x, y)`, int64 [batch_size, context_length] on `device`, at starts
+    drawn uniformly from all valid ones. `array`: a one-dimensional NumPy array, memmap or
+    `TokenFile`. Raises `ConfigError` if it is shorter than one window and its target."""
     if len(array) < context_length + 1:
-        raise ConfigError(f"context_length={context_length}: the data has {len(array)} tokens, and a window with its target needs {context_length + 1}; use more data or a shorter context_length")
+        needed = f"a window with its target needs {context_length + 1}"
+        problem = f"context_length={context_length}: the data has {len(array)} tokens, and {needed}"
+        raise ConfigError(f"{problem}; use more data or a shorter context_length")
     starts = torch.randint(len(array) - context_length, (batch_size,), generator=generator).numpy()
-    rows = torch.from_numpy(gather(array, starts, context_length + 1))
-    x, y = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+    rows = torch.from_numpy(gather(array, starts, context_length + 1))   # [batch, context + 1]
+    x, y = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()           # [batch, context]
+
     device = torch.device(device)
-    if device.type == "cuda": return x.pin_memory().to(device, non_blocking=True), y.pin_memory().to(device, non_blocking=True)
-    return x.to(device), y.to(device)
+    if device.type != "cuda": return x.to(device), y.to(device)
+    return tuple(ids.pin_memory().to(device, non_blocking=True) for ids in (x, y))

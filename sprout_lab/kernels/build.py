@@ -97,10 +97,13 @@ def _content(descriptor: int) -> bytes:
     with os.fdopen(os.dup(descriptor), "rb") as file: return file.read()
 
 def _load(store: _Store, name: str) -> ctypes.CDLL | None:
-    """The library `name` of a store, or none, and the file removed, where its content is not what
-    its name says."""
-    descriptor = store.open(name)
+    """The library `name` of a store. None, and the file removed, where it is a link, others can
+    write it, or its content is not what its name says."""
     digest = name.removesuffix(".so").rpartition("-")[2]
+    try: descriptor = store.open(name)
+    except OSError:
+        store.remove(name)
+        return None
     try:
         if hashlib.sha256(_content(descriptor)).hexdigest() == digest:
             opened = f"/proc/self/fd/{descriptor}"
@@ -178,6 +181,9 @@ def _from_store(folder: Path, name: str, source: str, flags: tuple) -> ctypes.CD
             if library is not None: return library
         return _load(store, _compile(store, prefix, source, flags))
 
+def _from_cache(name: str, source: str, flags: tuple) -> ctypes.CDLL | None:
+    return _from_store(kernel_cache(), name, source, flags)
+
 def _from_temporary(name: str, source: str, flags: tuple) -> ctypes.CDLL | None:
     with tempfile.TemporaryDirectory(prefix="sprout-lab-", ignore_cleanup_errors=True) as folder:
         return _from_store(Path(folder), name, source, flags)
@@ -189,11 +195,11 @@ def _build(source: str, name: str) -> ctypes.CDLL | None:
         return None
     problem = "it cannot be loaded"
     for flags in ((*_FLAGS, "-march=native"), _FLAGS):
-        for build in (functools.partial(_from_store, kernel_cache()), _from_temporary):
+        for build in (_from_cache, _from_temporary):
             try:
                 library = build(name, source, flags)
                 if library is not None: return library
-            except OSError as error: problem = str(error)    # no place to keep it
+            except (OSError, RuntimeError) as error: problem = str(error)    # no place to keep it
             except _CompileError as error:
                 problem = str(error).splitlines()[-1]
                 break

@@ -100,7 +100,8 @@ def _block(x, b: StepBlock, states):
     f = torch.sigmoid(_linear(inputs[0], b.f))
     if b.lower_bound is not None: f = b.lower_bound + (1 - b.lower_bound) * f
     h.copy_(f * h + F.silu(_linear(inputs[-1], b.i)) * (1 - f))
-    x = x + _linear(_norm(_linear(y, b.g), b.g_norm, b.eps) * F.silu(h), b.o)
+    g = _linear(inputs[0] if len(inputs) == 1 else y, b.g)   # one convolution feeds all three streams
+    x = x + _linear(_norm(g, b.g_norm, b.eps) * F.silu(h), b.o)
     gate, up = _linear(_norm(x, b.mlp_norm, b.eps), b.gate).chunk(2)
     return x + _linear(F.silu(gate) * up, b.down)
 
@@ -380,18 +381,18 @@ static void add(real *x, const real *y, int64_t W) {
 static void run_block(const block *l, real *x, void *const *states, int64_t row, const workspace *w) {
   const int64_t W = l->width, M = l->ff, past = row * (l->taps - 1) * W;
   norm(x, l->attn_norm, w->y, W, l->eps);
-  const real *to_f = w->y, *to_i = w->y;
+  const real *to_f = w->y, *to_i = w->y, *to_g = w->y;
   if (l->taps) {
     convolve(w->y, l->conv[0], (real *)states[l->first_state + 1] + past, w->u, W, l->taps);
-    to_f = to_i = w->u;
+    to_f = to_i = to_g = w->u;
     if (l->conv[1]) {
       convolve(w->y, l->conv[1], (real *)states[l->first_state + 2] + past, w->v, W, l->taps);
-      to_i = w->v;
+      to_i = w->v, to_g = w->y;
     }
   }
   bit_linear(&l->f, to_f, w->f, w->codes);
   bit_linear(&l->i, to_i, w->i, w->codes);
-  bit_linear(&l->g, w->y, w->g, w->codes);
+  bit_linear(&l->g, to_g, w->g, w->codes);
   recur(l, w->f, w->i, w->g, (real *)states[l->first_state] + row * l->state);
   bit_linear(&l->o, w->g, w->y, w->codes);
   add(x, w->y, W);

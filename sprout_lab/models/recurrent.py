@@ -8,7 +8,7 @@ __all__ = ['RaggedBatch', 'gather_columns', 'left_align', 'unalign', 'document_s
            'RecurrentCache', 'ShortConvolution', 'RecurrentConfig', 'init_linear', 'RecurrentPreTrainedModel',
            'RecurrentModel', 'RecurrentForCausalLM']
 
-# %% ../../nbs/models/recurrent.ipynb #02ca4adf
+# %% ../../nbs/models/recurrent.ipynb #d0636ab9
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -26,7 +26,7 @@ from .causal import (CausalGenerationMixin, check_cache, kept_positions,
 from .config import LanguageModelConfig
 from .transformer import RMSNorm
 
-# %% ../../nbs/models/recurrent.ipynb #ec7afdc5
+# %% ../../nbs/models/recurrent.ipynb #6620d3cc
 @dataclass
 class RaggedBatch:
     """What a layer must know of a batch whose rows are filled from the left. `lengths (batch,)`:
@@ -36,6 +36,11 @@ class RaggedBatch:
     lengths: torch.Tensor | None = None
     starts: torch.Tensor | None = None
     order: torch.Tensor | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        "Whether every position is a real token of a text that goes on."
+        return self.lengths is None and self.starts is None
 
     def valid(self, length: int) -> torch.Tensor | None:
         "True at real tokens, `(batch, length)`; none when all are."
@@ -57,7 +62,7 @@ class RaggedBatch:
         def of(part): return part if part is None else part.to(device, non_blocking=non_blocking)
         return RaggedBatch(of(self.lengths), of(self.starts), of(self.order))
 
-# %% ../../nbs/models/recurrent.ipynb #405d3176
+# %% ../../nbs/models/recurrent.ipynb #77ebb771
 def gather_columns(x: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     "`x (batch, length, …)` at each row's `columns (batch, n)`, `(batch, n, …)`."
     index = columns.view(*columns.shape, *[1] * (x.dim() - 2))
@@ -83,7 +88,7 @@ def unalign(x: torch.Tensor, batch: RaggedBatch) -> torch.Tensor:
     real = torch.where(valid, x, torch.zeros((), dtype=x.dtype, device=x.device))
     return torch.zeros_like(x).scatter(1, index, real)
 
-# %% ../../nbs/models/recurrent.ipynb #fe750f36
+# %% ../../nbs/models/recurrent.ipynb #84e83157
 def document_starts(input_shape, position_ids: torch.Tensor | None = None,
                     cu_seqlens: torch.Tensor | None = None, device=None,
                     past: int = 0) -> torch.Tensor | None:
@@ -98,7 +103,7 @@ def document_starts(input_shape, position_ids: torch.Tensor | None = None,
     starts = position_ids.expand(input_shape) == 0
     return starts if bool(starts[:, 0 if past else 1:].any()) else None
 
-# %% ../../nbs/models/recurrent.ipynb #7e50585f
+# %% ../../nbs/models/recurrent.ipynb #506623fe
 def _too_long(tokens: int, limit: int) -> ConfigError:
     return ConfigError(f"sequence of {tokens} tokens: the model was told to see at most "
                        f"max_position_embeddings={limit}; shorten the text, or set it to none")
@@ -122,7 +127,7 @@ def align_inputs(x: torch.Tensor, attention_mask: torch.Tensor | None = None, po
     starts = document_starts(x.shape[:2], position_ids, cu_seqlens, x.device, past)
     return left_align(x, attention_mask, starts)
 
-# %% ../../nbs/models/recurrent.ipynb #f01e2f44
+# %% ../../nbs/models/recurrent.ipynb #6b3676d6
 class StateLayer(CacheLayerMixin):
     """What one layer remembers: `tensors` by name, `(batch, …)` each, empty before the first
     token. They are replaced, never written into."""
@@ -158,7 +163,7 @@ class StateLayer(CacheLayerMixin):
     def update(self, *args, **kwargs):
         raise ConfigError("a recurrent state holds no keys and values; its layer replaces it")
 
-# %% ../../nbs/models/recurrent.ipynb #613b7304
+# %% ../../nbs/models/recurrent.ipynb #387e0d7f
 class RecurrentCache(Cache):
     """What a recurrent model remembers: `layers`, a `StateLayer` each, and `tokens`, how many
     columns it has read. Its size does not depend on that number."""
@@ -199,7 +204,7 @@ class RecurrentCache(Cache):
         tensors = [t for layer in self.layers for t in layer.tensors.values() if len(t)]
         return sum(t.element_size() * t[0].numel() for t in tensors)
 
-# %% ../../nbs/models/recurrent.ipynb #f45008b8
+# %% ../../nbs/models/recurrent.ipynb #0ebab1a7
 def _tokens_since_start(starts: torch.Tensor, many: int) -> torch.Tensor:
     """Tokens since each position's document began, `(batch, length)`; at least `many` if in an
     earlier call."""
@@ -219,7 +224,7 @@ def _remembered(wide, batch: RaggedBatch, past: int, age):
     before_start = torch.arange(past - 1, -1, -1, device=device) > newest[:, None]
     return last.masked_fill(before_start.unsqueeze(-1), 0)
 
-# %% ../../nbs/models/recurrent.ipynb #1668575e
+# %% ../../nbs/models/recurrent.ipynb #47e478bc
 class ShortConvolution(nn.Module):
     """Causal depthwise convolution and SiLU, `(batch, length, D)` → same shape. `weight (D,
     size)`, the last tap is the present."""
@@ -245,7 +250,7 @@ class ShortConvolution(nn.Module):
             y = y + tap
         return F.silu(y), _remembered(wide, batch, past, age)
 
-# %% ../../nbs/models/recurrent.ipynb #a5274748
+# %% ../../nbs/models/recurrent.ipynb #3fc05938
 class RecurrentConfig(LanguageModelConfig):
     "Base of the recurrent families' configurations."
     model_type = "sprout_recurrent"
@@ -264,7 +269,7 @@ class RecurrentConfig(LanguageModelConfig):
     use_cache: Annotated[bool, setting(
         "Return the recurrent state from a forward pass without labels.")] = True
 
-# %% ../../nbs/models/recurrent.ipynb #057496e6
+# %% ../../nbs/models/recurrent.ipynb #fc972273
 def init_linear(layer: nn.Linear, std: float) -> None:
     """First weights of `layer`: normal with deviation `std`, or what its attribute `initial` asks
     for, `"zero"` or `"identity"`; a bias starts at zero."""
@@ -275,7 +280,7 @@ def init_linear(layer: nn.Linear, std: float) -> None:
     else: init.normal_(layer.weight, std=std)
     if layer.bias is not None: init.zeros_(layer.bias)
 
-# %% ../../nbs/models/recurrent.ipynb #a092cd0d
+# %% ../../nbs/models/recurrent.ipynb #ebecd13d
 class RecurrentPreTrainedModel(PreTrainedModel):
     """What recurrent models are to Hugging Face: how weights start, and that a state cannot be
     rolled back. A model over it has `embed_tokens` and `make_cache`."""
@@ -315,7 +320,7 @@ class RecurrentPreTrainedModel(PreTrainedModel):
         if past_key_values is None: return self.make_cache() if use_cache else None
         return check_cache(past_key_values, RecurrentCache)
 
-# %% ../../nbs/models/recurrent.ipynb #05fcec24
+# %% ../../nbs/models/recurrent.ipynb #53c7ece2
 class RecurrentModel(RecurrentPreTrainedModel):
     """Token ids to hidden states: embedding, a family's layers, a last RMSNorm. A subclass sets
     `config_class` and gives its layers with `build_layer`."""
@@ -340,7 +345,7 @@ class RecurrentModel(RecurrentPreTrainedModel):
         something."""
         for layer, state in zip(self.layers, states): yield (x := layer(x, batch, state=state))
 
-    def make_cache(self, batch_size: int | None = None, capacity: int | None = None) -> RecurrentCache:
+    def make_cache(self, batch_size=None, capacity=None) -> RecurrentCache:
         "An empty state. Neither the batch size nor a capacity need be known."
         return RecurrentCache(len(self.layers))
 
@@ -369,7 +374,7 @@ class RecurrentModel(RecurrentPreTrainedModel):
         output = BaseModelOutputWithPast(x, cache, states, None)
         return output if return_dict in (None, True) else output.to_tuple()
 
-# %% ../../nbs/models/recurrent.ipynb #1c5fd4d1
+# %% ../../nbs/models/recurrent.ipynb #cd0f907e
 class RecurrentForCausalLM(RecurrentPreTrainedModel, CausalGenerationMixin):
     """A recurrent model with its head: token ids to next-token logits, loss, and generation. A
     subclass sets `config_class` and `base_class`, its `RecurrentModel`."""

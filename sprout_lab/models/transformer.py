@@ -504,11 +504,15 @@ class TransformerModel(TransformerPreTrainedModel):
             self.rope = RotaryPositionalEmbedding(
                 config.rope_theta, config.head_dim, positions, half=config.position == "rope_half")
         self.layers = nn.ModuleList(
-            new_block(config, self.rope, i) for i in range(config.num_hidden_layers))
+            self.build_block(i) for i in range(config.num_hidden_layers))
         self.norm = None
         if config.norm == "pre": self.norm = NORMS[config.norm_type](width, config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
+
+    def build_block(self, layer_idx: int) -> nn.Module:
+        "Block number `layer_idx`; a family with blocks of its own overrides it."
+        return new_block(self.config, self.rope, layer_idx)
 
     def make_cache(self, batch_size: int | None = None, capacity: int | None = None):
         """An empty cache with room for `capacity` columns. Its batch size follows from the
@@ -517,7 +521,7 @@ class TransformerModel(TransformerPreTrainedModel):
 
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None,
                 inputs_embeds=None, use_cache=None, output_attentions=None,
-                output_hidden_states=None, return_dict=None, **kwargs):
+                output_hidden_states=None, return_dict=None, layer_kwargs=None, **kwargs):
         """`input_ids (batch, length)` or `inputs_embeds (batch, length, hidden_size)`;
         `attention_mask (batch, past+length)`, 1 for real tokens; `position_ids (batch,
         length)`, by default counted from the mask. Returns hidden states `(batch, length,
@@ -538,7 +542,7 @@ class TransformerModel(TransformerPreTrainedModel):
         if config.dropout: x = F.dropout(x, config.dropout, self.training)
         mask = bias_where_faster(self, x, mask, past, output_attentions)
         cos_sin = None if self.rope is None else self.rope.cos_sin(x, position_ids, past, length)
-        context = dict(mask=mask, causal=causal, cos_sin=cos_sin)
+        context = dict(mask=mask, causal=causal, cos_sin=cos_sin, **(layer_kwargs or {}))
         x, *seen = run_blocks(self, x, cache, context, output_hidden_states, output_attentions)
         output = x, cache, *seen
         return BaseModelOutputWithPast(*output) if return_dict in (None, True) else output
