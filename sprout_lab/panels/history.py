@@ -6,7 +6,7 @@
 __all__ = ['OWN_TO_A_RUN', 'flat_settings', 'settings_of', 'differences', 'in_words', 'is_training', 'run_state', 'run_label',
            'family_runs', 'rename_run', 'note_run', 'RunList']
 
-# %% ../../nbs/panels/history.ipynb #d51d2555
+# %% ../../nbs/panels/history.ipynb #7635bf1c
 import functools
 import html
 import os
@@ -19,7 +19,7 @@ from ..configs import ConfigError, read_mapping
 from .controls import one_at_a_time, problem_html, push_button
 from ..runs import Run, delete_run, list_runs, run_facts
 
-# %% ../../nbs/panels/history.ipynb #b5bfc362
+# %% ../../nbs/panels/history.ipynb #d4c2e6f1
 # these say which run it is, not what it does
 OWN_TO_A_RUN = ("output_dir", "resume_from", "experiment_name", "notes", "tags", "wandb_name",
                 "log_dir")
@@ -53,7 +53,7 @@ def in_words(settings: dict, most: int = 2) -> str:
     words = [f"{name}={word(value)}" for name, value in settings.items()]
     return ", ".join(words[:most]) + (f", {len(words) - most} more" if len(words) > most else "")
 
-# %% ../../nbs/panels/history.ipynb #4fc3bed6
+# %% ../../nbs/panels/history.ipynb #5d73ad38
 def is_training(folder) -> bool:
     "Whether some process, this one included, is training in a run's folder."
     try:
@@ -68,6 +68,12 @@ def run_state(facts: dict) -> str:
     return "running" if is_training(facts["folder"]) else "interrupted"
 
 
+def _noted(folder) -> str | None:
+    "What was noted of a run; nothing where its configuration cannot be read."
+    try: return (read_mapping(Run(folder).config).get("output") or {}).get("notes")
+    except ConfigError: return None
+
+
 def run_label(facts: dict, note: bool = False) -> str:
     """A run in a line: its name, how far it is, its state and its score; `note`: and what was
     noted of it."""
@@ -77,8 +83,7 @@ def run_label(facts: dict, note: bool = False) -> str:
         score = f", {facts['best_bits_per_byte']:.3f} bits per byte"
     elif facts.get("best_loss") is not None: score = f", loss {facts['best_loss']:.3f}"
     words = f"{facts['name']}, step {facts['step']:,}{of} ({run_state(facts)}{score})"
-    noted = (read_mapping(Run(facts["folder"]).config).get("output")
-             or {}).get("notes") if note else None
+    noted = _noted(facts["folder"]) if note else None
     return f"{words}: {noted}" if noted else words
 
 
@@ -88,7 +93,7 @@ def family_runs(root, family: str | None = None) -> list[dict]:
     return [facts for facts in list_runs(root) if facts["step"] is not None
             and family in (None, facts["family"]) and Run(facts["folder"]).steps()]
 
-# %% ../../nbs/panels/history.ipynb #e168bc6a
+# %% ../../nbs/panels/history.ipynb #61ed1d2f
 def _write_output(run: Run, **settings) -> None:
     """Change settings of the output section in a run's configuration, beside and renamed into
     place."""
@@ -126,7 +131,7 @@ def note_run(folder, text: str) -> None:
     "Write a note into a run's configuration; an empty one removes it."
     _write_output(_idle(folder), notes=text.strip() or None)
 
-# %% ../../nbs/panels/history.ipynb #8f5f37da
+# %% ../../nbs/panels/history.ipynb #00313ff1
 class _RunBox:
     "The widgets of a `RunList`."
 
@@ -149,7 +154,7 @@ class _RunBox:
         quiet = f'<span style="font-size:13px;opacity:.8">{html.escape(words)}</span>'
         self.answer.value = problem_html(words) if problem else quiet if words else ""
 
-# %% ../../nbs/panels/history.ipynb #65db308e
+# %% ../../nbs/panels/history.ipynb #9c34f849
 class RunList(_RunBox):
     """The runs below `root`, of one family or of all, to choose from. `chosen`: the folder of the
     one that is chosen, or None. `on_continue(folder)` is called by its button, `on_change()`
@@ -191,7 +196,7 @@ class RunList(_RunBox):
         try: action(self, self.chosen)
         except (ConfigError, OSError) as error: self.say(str(error), problem=True)
 
-# %% ../../nbs/panels/history.ipynb #1474ab5e
+# %% ../../nbs/panels/history.ipynb #b31f0c9e
 def _rename(runs: RunList, folder) -> None:
     runs.refresh(rename_run(folder, runs.name.value))
     runs.on_change()
