@@ -60,7 +60,7 @@ def _points(log: dict, x: str, y: str) -> tuple[np.ndarray, np.ndarray]:
     ranks = np.argsort(xs[keep], kind="stable")
     return xs[keep][ranks], ys[keep][ranks]
 
-# %% ../../nbs/visualizers/curves.ipynb #de3b1d10
+# %% ../../nbs/visualizers/curves.ipynb #302eebb1
 def _thin(xs, ys, most: int):
     "At most `most` points, each the mean of a block of neighbours."
     if len(xs) <= most: return xs, ys
@@ -79,7 +79,7 @@ def smooth(values, weight: float) -> np.ndarray:
         means.append(total / seen)
     return np.array(means) if len(values) else values
 
-# %% ../../nbs/visualizers/curves.ipynb #8d593b13
+# %% ../../nbs/visualizers/curves.ipynb #bcdbfaec
 X_AXES = {"tokens": ("tokens", "training tokens"), "step": ("step", "training step"),
           "seconds": ("elapsed_seconds", "seconds of training")}
 
@@ -95,7 +95,7 @@ METRICS = {
     "num_parameters": ("parameters", False, "{:,.0f}"),
 }
 
-# %% ../../nbs/visualizers/curves.ipynb #50d00d00
+# %% ../../nbs/visualizers/curves.ipynb #ab22658e
 @dataclass
 class _Curve:
     """One part of a run over its seeds, on the stretch of x that all of them cover: `values
@@ -129,7 +129,7 @@ def _curve(seeds: list[dict], part: str, x: str, y: str, points: int, smoothing:
     if not len(grid): return _Curve()
     return _Curve(grid, np.stack([np.interp(grid, *curve) for curve in curves]))
 
-# %% ../../nbs/visualizers/curves.ipynb #cf0ea06a
+# %% ../../nbs/visualizers/curves.ipynb #6d381b8b
 def _draw_curve(ax, curve: _Curve, band: float, **look) -> None:
     "The mean of a curve as a line; over several seeds with a band from the lowest to the highest."
     if len(curve.values) == 1: ax.plot(curve.xs, curve.mean, **look)
@@ -147,8 +147,9 @@ def _draw_run(ax, index: int, name: str, parts: dict[str, _Curve], alone: bool) 
     if len(train.xs):
         label = f"training {train.final}" if alone else f"{name} (training) {train.final}"
         if not alone and len(held_out.xs): label = None
-        _draw_curve(ax, train, band=0.1, color=style["color"], linewidth=1.0, alpha=0.5,
-                    label=label)
+        look = dict(linewidth=1.0, alpha=0.5) if len(held_out.xs) > 1 else dict(linewidth=1.6)
+        if len(train.xs) == 1: look["marker"] = "."               # a line needs two
+        _draw_curve(ax, train, band=0.1, color=style["color"], label=label, **look)
     if len(held_out.xs):
         label = f"validation {held_out.final}" if alone else f"{name} {held_out.final}"
         look = line_style(index, marker=True) | {"markevery": max(1, len(held_out.xs) // 12)}
@@ -164,7 +165,7 @@ def _draw_earlier(ax, index: int, name: str, parts: dict[str, _Curve]) -> None:
     ax.plot(curve.xs, curve.mean, color=QUIET, alpha=0.6, linewidth=1.2, linestyle=dash,
             label=f"{name} {curve.final}", zorder=1.5)
 
-# %% ../../nbs/visualizers/curves.ipynb #e9c19743
+# %% ../../nbs/visualizers/curves.ipynb #4f3f541e
 def _frame(ax, curves: list[_Curve], baselines: dict, log_scale: bool) -> None:
     "Limits of the vertical axis, and the baselines as dashed lines with their names at the right."
     lows, highs = [c.values.min() for c in curves], [c.values.max() for c in curves]
@@ -193,7 +194,7 @@ def _frame(ax, curves: list[_Curve], baselines: dict, log_scale: bool) -> None:
                     xycoords=("axes fraction", "data"), textcoords="axes fraction", fontsize=8,
                     color=QUIET, va="center", annotation_clip=False)
 
-# %% ../../nbs/visualizers/curves.ipynb #3d905275
+# %% ../../nbs/visualizers/curves.ipynb #341d2c37
 def _hover(ax, label: str, curves: dict[str, _Curve]) -> None:
     """Every curve's value under the mouse, at the places of the held-out points and, between
     them, of the training's."""
@@ -331,7 +332,7 @@ def _compare_baselines(ax, rows: int, baselines: dict) -> None:
                     textcoords="offset points", fontsize=8, color=QUIET, rotation=30, ha="left",
                     va="bottom", rotation_mode="anchor")
 
-# %% ../../nbs/visualizers/curves.ipynb #b109b22b
+# %% ../../nbs/visualizers/curves.ipynb #745dc6d3
 def plot_comparison(table, metrics=("bits_per_byte", "accuracy", "top5_accuracy"),
                     baselines: dict[str, float] | None = None, title: str | None = None,
                     row_height: float = 0.34, style: str = "light") -> Figure:
@@ -402,7 +403,7 @@ def _draw_seeds(ax, ranked: list[np.ndarray]) -> None:
                                jitter=False, size=5.5, color="#FFFFFF", edgecolor="#000000",
                                linewidth=0.9, zorder=4)
 
-# %% ../../nbs/visualizers/curves.ipynb #c401d25f
+# %% ../../nbs/visualizers/curves.ipynb #9ca8e671
 def _draw_variant(ax, y: int, row: tuple, base: float, is_reference: bool) -> None:
     "Mean, error bar and difference of one variant."
     seeds, mean, std = row
@@ -414,7 +415,7 @@ def _draw_variant(ax, y: int, row: tuple, base: float, is_reference: bool) -> No
     ax.annotate(note, (max([mean + std, *seeds]), y), xytext=(8, 0), textcoords="offset points",
                 va="center", fontsize=8.5)
 
-# %% ../../nbs/visualizers/curves.ipynb #95a0dff1
+# %% ../../nbs/visualizers/curves.ipynb #3a817816
 def plot_ablations(results: dict, reference: str | None = None, metric: str = "bits per byte",
                    title: str | None = None, row_height: float = 0.36,
                    style: str = "light") -> Figure:
