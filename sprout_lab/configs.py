@@ -176,10 +176,11 @@ def checked_value(spec: FieldSpec, value):
     close = nearest(value, spec.choices) if spec.choices and isinstance(value, str) else ""
     raise ConfigError(f"{spec.name}={reprlib.repr(value)}: {spec.allowed()} is needed{close}")
 
-# %% ../nbs/configs.ipynb #1a6515fc
+# %% ../nbs/configs.ipynb #09a485f6
 def _unknown(name: str, fields) -> ConfigError:
     return ConfigError(f"{name}: unknown setting{nearest(name, fields)}")
 
+# %% ../nbs/configs.ipynb #1a6515fc
 class Settings:
     "Base of the configuration classes: strict, one-line errors, checked on assignment too."
     model_fields: ClassVar[dict[str, FieldSpec]] = {}
@@ -576,7 +577,7 @@ def read_mapping(path) -> dict:
     raise ConfigError(f"{path}: holds a {type(content).__name__}; a configuration is a mapping of "
                       "names to values")
 
-# %% ../nbs/configs.ipynb #51fc8893
+# %% ../nbs/configs.ipynb #cd6cc834
 _SECTION_KEYS = {
     ("experiment", "name"): "experiment_name", ("output", "name"): "experiment_name",
     ("dataset", "name"): "dataset_name", ("data", "name"): "dataset_name",
@@ -613,6 +614,7 @@ def _pairs(content: dict, where: str):
         elif key in _SECTIONS and value is None: continue   # an empty section
         else: yield None, "family" if key == "model_type" else key, value
 
+# %% ../nbs/configs.ipynb #51fc8893
 def _built_upon(name: str, folder: Path) -> dict:
     "The settings of the file that a configuration builds on, or the preset of that name."
     beside = [folder / name, Path(name)]
@@ -769,7 +771,7 @@ class _Layers:
         try: return cls(**mine)
         except ConfigError as error: raise _with_source(error, self.sources) from None
 
-# %% ../nbs/configs.ipynb #ee14aa25
+# %% ../nbs/configs.ipynb #f13b68ad
 def resolve(family: str, model_settings, *, flags: dict | None = None, config: str | None = None,
             presets: list[str] = (), objective: str | None = None,
             content: dict | None = None) -> RunConfig:
@@ -806,6 +808,7 @@ def _follow_window(layers: _Layers, settings, data: DataConfig) -> None:
                           "model cannot see that far, raise it or shorten the window")
     layers.values[name], layers.sources[name] = window, "follows sequence_length"
 
+# %% ../nbs/configs.ipynb #ee14aa25
 def _with_source(error: ConfigError, sources: dict) -> ConfigError:
     "Add where a refused value came from, when that was not the command line."
     name = str(error).split("=")[0].split(":")[0]

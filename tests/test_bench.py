@@ -320,7 +320,8 @@ def test_every_benchmark_declares_its_parts_and_peers(name):
                          sorted((Path(__file__).parents[1] / "studies").glob("*_bench.json")),
                          ids=lambda path: path.stem)
 def test_measured_rows_have_one_form(file):
-    "Ours, the peer's, the ratio and its range, the target, whether it is met; read back as written."
+    """Ours, the peer's, the ratio and its range, the target, whether it is met; read back as
+    written."""
     for part in read_bench(file)["parts"].values():
         assert part["date"] and part["machine"]["torch"]
         for row in part["rows"]:

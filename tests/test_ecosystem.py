@@ -83,7 +83,8 @@ def offloaded(model, how, folder):
     from accelerate import cpu_offload, disk_offload
     cpu = torch.device("cpu")
     if how == "cpu": return cpu_offload(copy.deepcopy(model), execution_device=cpu)
-    if how == "disk": return disk_offload(copy.deepcopy(model), folder / "disk", execution_device=cpu)
+    if how == "disk":
+        return disk_offload(copy.deepcopy(model), folder / "disk", execution_device=cpu)
     model.save_pretrained(folder)
     limit = {"cpu": int(how * 4 * model.num_parameters())}
     return type(model).from_pretrained(folder, device_map="auto", max_memory=limit,
@@ -168,7 +169,8 @@ def test_an_adapter_on_ternary_layers_trains_saves_and_refuses_to_merge(name, tm
         for merge in (wrapped.merge_and_unload, wrapped.merge_adapter):
             with pytest.raises(ConfigError, match="cannot be merged into ternary weights"): merge()
             assert torch.equal(wrapped(ids).logits, want)            # and nothing was changed
-        with pytest.raises(ConfigError, match="has adapters"): export_ternary(model, tmp_path / "out")
+        with pytest.raises(ConfigError, match="has adapters"):
+            export_ternary(model, tmp_path / "out")
         plain = wrapped.unload()
         assert torch.equal(plain(ids).logits, small(name)(ids).logits)
 
@@ -244,7 +246,8 @@ def test_hidden_states_of_the_hierarchy():
     output = model(ids, output_hidden_states=True)
     states = output.hidden_states
     widths = [h.shape[-1] for h in states]
-    assert widths == [16, 16, 24, 32, 32, 24, 16, 16]    # the embedding, seven blocks less one, the last
+    # the embedding, seven blocks less one, the last
+    assert widths == [16, 16, 24, 32, 32, 24, 16, 16]
     assert torch.equal(model.lm_head(states[-1]), output.logits)
     for k, stage in ((2, 0), (5, 0), (3, 1), (4, 1)):    # what is inside stands where it was kept
         assert torch.equal((states[k] != 0).any(-1), output.boundary_mask[stage])
@@ -290,12 +293,14 @@ def test_weights_of_the_earlier_wiring_say_so(tmp_path):
     save_file(weights, path, {"format": "pt"})
     for load in (SimplifiedSLMForCausalLM.from_pretrained, AutoModel.from_pretrained, load_model):
         with pytest.raises(ConfigError, match=words): load(tmp_path)
-    with pytest.raises(ConfigError, match=words): read_weights(tmp_path, model)   # as a resumed run does
+    # as a resumed run does
+    with pytest.raises(ConfigError, match=words): read_weights(tmp_path, model)
     export = export_ternary(model, tmp_path / "export")
     weights = {name.replace("convs.shared", "convs.0"): t for name, t in load_file(export).items()}
     save_file(weights, export, {"format": "sprout-lab ternary", "version": "1"})
     with pytest.raises(ConfigError, match=words): load_ternary(tmp_path / "export")
-    config = SLMConfig(hidden_size=32, num_hidden_layers=1, use_short_conv=True, share_conv_kernel=False)
+    config = SLMConfig(hidden_size=32, num_hidden_layers=1, use_short_conv=True,
+                       share_conv_kernel=False)
     each = SimplifiedSLMForCausalLM(config)                          # one for each gate, as before
     each.save_pretrained(tmp_path / "each")
     names = {f"model.layers.0.attn.convs.{k}.weight" for k in (0, 1)}
@@ -304,7 +309,8 @@ def test_weights_of_the_earlier_wiring_say_so(tmp_path):
 
 
 def test_lower_bounds_start_at_zero_in_a_checkpoint_without_them(tmp_path):
-    SimplifiedSLMForCausalLM(SLMConfig(hidden_size=32, num_hidden_layers=2)).save_pretrained(tmp_path)
+    SimplifiedSLMForCausalLM(SLMConfig(hidden_size=32,
+                                       num_hidden_layers=2)).save_pretrained(tmp_path)
     content = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**content, "use_lower_bound": True}))
     model = SimplifiedSLMForCausalLM.from_pretrained(tmp_path)

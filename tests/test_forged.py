@@ -118,7 +118,8 @@ def transposed(tensor): return tensor.transpose(0, -1).contiguous() if tensor.nd
 
 
 TENSOR_CHANGES = {
-    "missing": None, "scalar": lambda tensor: torch.tensor(1.0), "empty": lambda tensor: torch.zeros(0),
+    "missing": None, "scalar": lambda tensor: torch.tensor(1.0),
+    "empty": lambda tensor: torch.zeros(0),
     "transposed": transposed, "integers": lambda tensor: torch.ones_like(tensor, dtype=torch.long),
     "not finite": lambda tensor: torch.full_like(tensor, torch.nan),
     "negative": lambda tensor: torch.full_like(tensor, -1)}

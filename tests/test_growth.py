@@ -1,4 +1,5 @@
-"""Growth in the trainer: policies, pruning and merging, resume to the bit, rollback, two processes."""
+"""Growth in the trainer: policies, pruning and merging, resume to the bit, rollback, two processes.
+"""
 import ast
 import json
 import os
@@ -17,7 +18,8 @@ from sprout_lab.families import configure, make_trainer
 from sprout_lab.models.sprout import SproutConfig, SproutForMaskedLM
 from sprout_lab.runs import read_log
 from sprout_lab.trainers.growth import (
-    Growth, GrowthPolicy, ImbalanceGrowth, PlateauGrowth, POLICIES, ThresholdGrowth, growth_sentence,
+    Growth, GrowthPolicy, ImbalanceGrowth, PlateauGrowth, POLICIES, ThresholdGrowth,
+    growth_sentence,
     idle_nodes, make_policy, prune_and_merge, similar_leaves)
 
 
@@ -34,14 +36,16 @@ class Text:
 
 
 USUAL = dict(
-    hidden_size=32, num_attention_heads=2, dropout=0.1, growth_warmup=5, growth_interval=5, max_nodes=5,
+    hidden_size=32, num_attention_heads=2, dropout=0.1, growth_warmup=5, growth_interval=5,
+    max_nodes=5,
     sequence_length=32, batch_size=4, max_steps=36, optimizer="adamw", learning_rate=3e-3,
     warmup_steps=5, eval_interval=10, eval_batches=2, save_interval=6, log_interval=4,
     keep_checkpoints=100, device="cpu", tensorboard=False, sample_tokens=0)
 
 
 def trainer(folder, callback=None, lines=None, **flags):
-    "A small run in `folder`; `callback` takes the place of its `Growth`, `lines` gets what it says."
+    """A small run in `folder`; `callback` takes the place of its `Growth`, `lines` gets what it
+    says."""
     data = SimpleNamespace(train=Text("train"), validation=Text("validation"), name="shakespeare",
                            tokenizer=ByteTokenizer(masked=True), vocab_size=259)
     run = configure("sprout", {**USUAL, "output_dir": str(folder), **flags})
@@ -169,7 +173,8 @@ def test_each_sentence_tells_the_nodes_of_its_moment(tmp_path):
     assert ends == ["3/6 nodes", "1/6 nodes", "1/6 nodes"]
 
 
-@pytest.mark.parametrize("flags, told", [(dict(routing="token"), True), (dict(routing="sequence"), False),
+@pytest.mark.parametrize("flags, told",
+                         [(dict(routing="token"), True), (dict(routing="sequence"), False),
                                          (dict(), False)], ids=str)
 def test_another_routing_on_resume_is_said(tmp_path, flags, told):
     trainer(tmp_path, max_steps=12).train()
@@ -309,7 +314,8 @@ def test_two_processes_grow_the_same_tree(tmp_path):
     script.write_text(TWO.format(tests=tests))
     path = os.pathsep.join([os.path.dirname(tests), os.environ.get("PYTHONPATH", "")])
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
+              "2"]
     done = subprocess.run([*launch, str(script), str(tmp_path / "two")], env=env,
                           capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -318,7 +324,8 @@ def test_two_processes_grow_the_same_tree(tmp_path):
     tree, usage, history = facts_of(one)
     tree2, usage2, history2 = ast.literal_eval(done.stdout.split("RESULT")[1].strip())
     assert tree == tree2 and history == history2 and len(tree) == 5
-    # a process's mean loss counts its own masks, so that single texts may go another way; all are counted
+    # a process's mean loss counts its own masks, so that single texts may go another way; all are
+    # counted
     assert usage[0] == usage2[0] == 24 * 4
     saved = SproutForMaskedLM.from_pretrained(tmp_path / "two" / "checkpoints" / "step_24")
     assert saved.tree.usage() == usage2, "the checkpoint counts what all processes saw"

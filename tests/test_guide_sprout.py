@@ -12,15 +12,21 @@ from sprout_lab.runs import Run, checkpoint_facts, read_log
 from shell import refused, shell
 
 DRIVE = "drive/MyDrive/sprout/checkpoints/"
-SMALL = ("--hidden_dim 32 --num_heads 2 --max_length 32 --batch_size 8 --learning_rate 3e-3 --warmup_steps 2 --growth_warmup 5 --growth_interval 5 --eval_every 10 --eval_batches 2 --save_every 10 --log_every 5 "
+SMALL = ("--hidden_dim 32 --num_heads 2 --max_length 32 --batch_size 8 --learning_rate 3e-3 "
+         "--warmup_steps 2 --growth_warmup 5 --growth_interval 5 --eval_every 10 --eval_batches 2 --save_every 10 --log_every 5 "
          "--no_tensorboard --sample_tokens 0 --device cpu")
-STRUCTURE = re.compile(r"=== SPROUT Structure ===\n└── Node 0 \(depth=0, children=\d+, usage=\d+\)\n(?:[│ ]*[├└]── Node \d+ \(depth=\d+, children=\d+, usage=\d+\)\n)+Total nodes: 5\n")
-SUMMARY = re.compile(r"Epoch (\d+)/(\d+) Summary:\n  Loss: (\d+\.\d{4})\n  Accuracy: (\d+\.\d{2})%\n  Total nodes: (\d)/5\n  Node limit reached: (True|False)\n")
+STRUCTURE = re.compile(r"=== SPROUT Structure ===\n└── Node 0 \(depth=0, children=\d+, "
+                       r"usage=\d+\)\n(?:[│ ]*[├└]── Node \d+ \(depth=\d+, children=\d+, "
+                       r"usage=\d+\)\n)+Total nodes: 5\n")
+SUMMARY = re.compile(r"Epoch (\d+)/(\d+) Summary:\n  Loss: (\d+\.\d{4})\n  Accuracy: "
+                     r"(\d+\.\d{2})%\n  Total nodes: (\d)/5\n  Node limit reached: (True|False)\n")
 
 
 def resolved(line: str) -> dict:
     "name → value as `--dry_run` prints it."
-    rows = (re.fullmatch(r"  (\S+)\s+(.*?)\s+((?:flag|file|preset|default|set aside|follows).*)", row) for row in shell(f"{line} --dry_run").splitlines() if row.startswith("  "))
+    rows = (re.fullmatch(r"  (\S+)\s+(.*?)\s+((?:flag|file|preset|default|set "
+                         r"aside|follows).*)", row)
+            for row in shell(f"{line} --dry_run").splitlines() if row.startswith("  "))
     return {name: json.loads(value) for name, value, _ in (row.groups() for row in rows)}
 
 
@@ -38,10 +44,15 @@ def here(tmp_path, monkeypatch, tales):
     return tmp_path
 
 
-# ---- at full size -------------------------------------------------------------------------------------------------
-DEFAULTS = {"hidden_size": 512, "max_depth": 2, "max_nodes": 5, "compatibility_threshold": 0.8, "num_attention_heads": 4, "ffn_mult": 4, "dropout": 0.1, "max_position_embeddings": 512, "routing": "sequence",
-            "num_epochs": 3.0, "max_steps": None, "batch_size": 32, "learning_rate": 5e-5, "warmup_steps": 1000, "max_grad_norm": 1.0, "mixed_precision": "no",
-            "max_samples": 50000, "sequence_length": 128, "mask_prob": 0.15, "save_interval": 5000, "eval_interval": 1000, "log_interval": 100, "visualize_structure": False}
+# ---- at full size
+# -------------------------------------------------------------------------------------------------
+DEFAULTS = {"hidden_size": 512, "max_depth": 2, "max_nodes": 5, "compatibility_threshold": 0.8,
+            "num_attention_heads": 4, "ffn_mult": 4, "dropout": 0.1, "max_position_embeddings": 512,
+            "routing": "sequence",
+            "num_epochs": 3.0, "max_steps": None, "batch_size": 32, "learning_rate": 5e-5,
+            "warmup_steps": 1000, "max_grad_norm": 1.0, "mixed_precision": "no",
+            "max_samples": 50000, "sequence_length": 128, "mask_prob": 0.15, "save_interval": 5000,
+            "eval_interval": 1000, "log_interval": 100, "visualize_structure": False}
 
 
 def test_the_guides_defaults():
@@ -51,11 +62,17 @@ def test_the_guides_defaults():
 
 
 @pytest.mark.parametrize("line, changed", [
-    (f"--checkpoint_dir /content/{DRIVE} --num_epochs 3 --batch_size 32 --max_samples 50000 --max_nodes 5 --visualize_structure", {"output_dir": f"/content/{DRIVE}", "visualize_structure": True}),
-    (f"--checkpoint_dir /content/{DRIVE} --num_epochs 3 --batch_size 32 --max_samples 50000 --hidden_dim 512 --max_depth 2 --max_nodes 5 --learning_rate 5e-5 --mixed_precision --visualize_structure",
+    (f"--checkpoint_dir /content/{DRIVE} --num_epochs 3 --batch_size 32 --max_samples 50000 "
+     f"--max_nodes 5 --visualize_structure",
+     {"output_dir": f"/content/{DRIVE}", "visualize_structure": True}),
+    (f"--checkpoint_dir /content/{DRIVE} --num_epochs 3 --batch_size 32 --max_samples 50000 "
+     f"--hidden_dim 512 --max_depth 2 --max_nodes 5 --learning_rate 5e-5 --mixed_precision "
+     f"--visualize_structure",
      {"output_dir": f"/content/{DRIVE}", "visualize_structure": True, "mixed_precision": "auto"}),
-    ("--hidden_dim 512 --max_depth 2 --max_nodes 5 --compatibility_threshold 0.8 --num_heads 4", {}),
-    ("--num_epochs 3 --batch_size 32 --learning_rate 5e-5 --warmup_steps 1000 --gradient_clip 1.0 --mixed_precision", {"mixed_precision": "auto"}),
+    ("--hidden_dim 512 --max_depth 2 --max_nodes 5 --compatibility_threshold 0.8 --num_heads 4",
+     {}),
+    ("--num_epochs 3 --batch_size 32 --learning_rate 5e-5 --warmup_steps 1000 --gradient_clip 1.0 "
+     "--mixed_precision", {"mixed_precision": "auto"}),
     ("--max_samples 50000 --max_length 128 --mask_prob 0.15", {}),
     ("--save_every 5000 --eval_every 1000 --log_every 100", {}),
     ("--batch_size 16", {"batch_size": 16}),
@@ -71,11 +88,16 @@ def test_full_size_as_a_dry_run(line, changed):
 
 
 def test_every_flag_in_both_spellings():
-    flags = {"checkpoint_dir": "out", "num_epochs": 2, "batch_size": 4, "max_samples": 9, "hidden_dim": 32, "max_depth": 3, "max_nodes": 6, "compatibility_threshold": 0.7, "num_heads": 2, "learning_rate": 2e-4,
-             "warmup_steps": 3, "gradient_clip": 0.5, "max_length": 64, "mask_prob": 0.2, "save_every": 7, "eval_every": 8, "log_every": 9}
+    flags = {"checkpoint_dir": "out", "num_epochs": 2, "batch_size": 4, "max_samples": 9,
+             "hidden_dim": 32, "max_depth": 3, "max_nodes": 6, "compatibility_threshold": 0.7,
+             "num_heads": 2, "learning_rate": 2e-4,
+             "warmup_steps": 3, "gradient_clip": 0.5, "max_length": 64, "mask_prob": 0.2,
+             "save_every": 7, "eval_every": 8, "log_every": 9}
     one, two = (resolved("train sprout --preset guide --mixed_precision --visualize_structure".replace("_", sep) + " " + " ".join(f"--{name.replace('_', sep)} {value}" for name, value in flags.items())) for sep in "_-")
     assert one == two and one["visualize_structure"] is True
-    assert (one["output_dir"], one["hidden_size"], one["num_attention_heads"], one["max_grad_norm"], one["sequence_length"], one["save_interval"], one["eval_interval"], one["log_interval"]) == ("out", 32, 2, 0.5, 64, 7, 8, 9)
+    assert (one["output_dir"], one["hidden_size"], one["num_attention_heads"], one["max_grad_norm"],
+            one["sequence_length"], one["save_interval"], one["eval_interval"],
+            one["log_interval"]) == ("out", 32, 2, 0.5, 64, 7, 8, 9)
 
 
 def test_debug_mode_is_a_preset_and_yields_to_flags():
@@ -83,12 +105,14 @@ def test_debug_mode_is_a_preset_and_yields_to_flags():
     assert rows["batch_size"] == 4 and rows["num_epochs"] == 1.0 and rows["hidden_size"] == plain["hidden_size"] < 512 and plain["max_samples"] is not None
 
 
-# ---- for real -----------------------------------------------------------------------------------------------------
+# ---- for real ------------------------------------------------------------------------------------
+# -----------------
 def test_the_quick_test_and_its_console(here):
     "The guide's first command, as it stands."
     said = shell("train sprout --debug_mode --num_epochs 1 --batch_size 8 --visualize_structure")
     (epoch, epochs, loss, _, nodes, limit), = SUMMARY.findall(said)
-    assert (epoch, epochs, nodes, limit) == ("1", "1", "5", "True") and "⚠️  Node limit reached: 5/5 nodes\n" in said
+    assert (epoch, epochs, nodes,
+            limit) == ("1", "1", "5", "True") and "⚠️  Node limit reached: 5/5 nodes\n" in said
     assert STRUCTURE.search(said), said
     run = Run(next((here / "runs").iterdir()))
     losses = read_log(run.eval_log)["loss"]
@@ -99,59 +123,81 @@ def test_the_quick_test_and_its_console(here):
 
 
 def test_full_training_in_small_and_its_checkpoint(here, tales):
-    "The guide's second command with its intervals and sizes cut down, three epochs; then its look into the checkpoint."
+    """The guide's second command with its intervals and sizes cut down, three epochs; then its look
+    into the checkpoint."""
     (here / "books").mkdir()
-    for number in range(6): (here / "books" / f"{number}.txt").write_text(tales[number * 1500:(number + 1) * 1500])
-    said = shell(f"train sprout --preset guide --dataset_name books --checkpoint_dir {DRIVE} --num_epochs 3 --batch_size 32 --max_samples 50000 --max_nodes 5 --mixed_precision --visualize_structure {SMALL}")
+    for number in range(6):
+        (here / "books" / f"{number}.txt").write_text(tales[number * 1500:(number + 1) * 1500])
+    said = shell(f"train sprout --preset guide --dataset_name books --checkpoint_dir {DRIVE} "
+                 f"--num_epochs 3 --batch_size 32 --max_samples 50000 --max_nodes 5 "
+                 f"--mixed_precision --visualize_structure {SMALL}")
     summaries = SUMMARY.findall(said)
-    assert [(epoch, epochs) for epoch, epochs, *_ in summaries] == [("1", "3"), ("2", "3"), ("3", "3")] and STRUCTURE.search(said)
+    assert [(epoch, epochs) for epoch, epochs,
+            *_ in summaries] == [("1", "3"), ("2", "3"), ("3", "3")] and STRUCTURE.search(said)
     nodes = [int(summary[4]) for summary in summaries]
-    assert nodes == sorted(nodes) and nodes[-1] == 5 and [summary[5] for summary in summaries] == [str(n == 5) for n in nodes]
+    assert nodes == sorted(nodes) and nodes[-1] == 5 and [summary[5]
+                                                          for summary in summaries] == [str(n == 5) for n in nodes]
 
     checkpoint = checkpoint_facts(f"{DRIVE}sprout_mlm_best.pt")   # the guide's torch.load
     best = min(read_log(Run(DRIVE).eval_log)["loss"])
-    words = (f"Epoch: {checkpoint['epoch']}", f"Loss: {checkpoint['loss']:.4f}", f"Accuracy: {100 * checkpoint['accuracy']:.2f}%",
-             f"Total nodes: {checkpoint['model_info']['total_nodes']}", f"Total params: {checkpoint['model_info']['total_params']:,}")
-    assert words[1] == f"Loss: {best:.4f}" and 0 < checkpoint["accuracy"] < 1 and 0 < checkpoint["epoch"] < 3.1   # the last step may reach into the next epoch
+    words = (f"Epoch: {checkpoint['epoch']}", f"Loss: {checkpoint['loss']:.4f}",
+             f"Accuracy: {100 * checkpoint['accuracy']:.2f}%",
+             f"Total nodes: {checkpoint['model_info']['total_nodes']}",
+             f"Total params: {checkpoint['model_info']['total_params']:,}")
+    # the last step may reach into the next epoch
+    assert words[1] == f"Loss: {best:.4f}" and 0 < checkpoint["accuracy"] < 1 and 0 < checkpoint["epoch"] < 3.1
     from sprout_lab.families import load_model
     model, _ = load_model(f"{DRIVE}sprout_mlm_best.pt", log=lambda words: None)
     info = model.get_model_info()
-    assert words[3:] == (f"Total nodes: {info['total_nodes']}", f"Total params: {info['total_params']:,}") and checkpoint["model_info"]["max_nodes"] == 5
+    assert words[3:] == (f"Total nodes: {info['total_nodes']}", f"Total params: "
+                                                                f"{info['total_params']:,}") and checkpoint["model_info"]["max_nodes"] == 5
 
     assert len(shell("runs list --root drive/MyDrive/sprout").splitlines()) == 2
     said = shell(f"evaluate --model_path {DRIVE}")
     assert "nats per token" in said and "hidden tokens" in said and "pseudo bits per byte" in said and not re.search(r"^\s*bits per byte", said, re.MULTILINE)
-    filled = shell(f"generate --model_path {DRIVE} --prompt 'To be, or [MASK]ot to be' --temperature 0")
+    filled = shell(f"generate --model_path {DRIVE} --prompt 'To be, or [MASK]ot to be' "
+                   f"--temperature 0")
     assert re.fullmatch(r"To be, or \[.\]ot to be\n", filled, re.DOTALL)
-    assert "[MASK] where a token is missing" in refused(f"generate --model_path {DRIVE} --prompt 'To be'") and "fills gaps" in refused(f"generate --model_path {DRIVE}")
+    assert "[MASK] where a token is missing" in refused(f"generate --model_path {DRIVE} --prompt "
+                                                        f"'To be'") and "fills gaps" in refused(f"generate --model_path {DRIVE}")
 
 
 def test_max_samples_of_many_documents(here, tales):
     (here / "many").mkdir()
-    for number in range(8): (here / "many" / f"{number}.txt").write_text(tales[number * 900:(number + 1) * 900])
-    count = lambda more: int(re.search(r": ([\d,]+) steps", shell(f"train sprout --dataset_name many --num_epochs 1 {more} {SMALL} --growth none --batch_size 2 --eval_every 1000 --save_every 1000")).group(1).replace(",", ""))
+    for number in range(8):
+        (here / "many" / f"{number}.txt").write_text(tales[number * 900:(number + 1) * 900])
+    count = lambda more: int(re.search(r": ([\d,]+) steps", shell(f"train sprout --dataset_name "
+                                                                  f"many --num_epochs 1 {more} "
+                                                                  f"{SMALL} --growth none "
+                                                                  f"--batch_size 2 --eval_every "
+                                                                  f"1000 --save_every 1000")).group(1).replace(",", ""))
     assert count("--output_dir few --max_samples 3") < count("--output_dir all")
 
 
 def test_a_higher_threshold_grows_more_nodes(here):
     grown = {}
     for threshold in (0.2, 0.9):
-        shell(f"train sprout --dataset_name story.txt --max_steps 24 --compatibility_threshold {threshold} --output_dir at_{threshold} {SMALL} --eval_every 100 --save_every 100")
+        shell(f"train sprout --dataset_name story.txt --max_steps 24 --compatibility_threshold "
+              f"{threshold} --output_dir at_{threshold} {SMALL} --eval_every 100 --save_every 100")
         grown[threshold] = checkpoint_facts(f"at_{threshold}")["model_info"]["total_nodes"]
-    assert grown == {0.2: 3, 0.9: 5}, "a chain down to max_depth whatever the threshold, and branches above it"
+    assert grown == {0.2: 3,
+                     0.9: 5}, "a chain down to max_depth whatever the threshold, and branches above it"
 
 
 def test_a_run_resumed_from_its_folder_goes_on_as_the_same_tree(here):
-    shell(f"train sprout --preset guide --dataset_name story.txt --checkpoint_dir whole --max_steps 30 --keep_checkpoints 9 {SMALL}")
+    shell(f"train sprout --preset guide --dataset_name story.txt --checkpoint_dir whole "
+          f"--max_steps 30 --keep_checkpoints 9 {SMALL}")
     shutil.copytree("whole", "torn", symlinks=True)
-    for left in ("step_20", "step_30"): shutil.rmtree(f"torn/checkpoints/{left}")   # as a kill after step 10 leaves it
+    # as a kill after step 10 leaves it
+    for left in ("step_20", "step_30"): shutil.rmtree(f"torn/checkpoints/{left}")
     for link in (here / "torn/checkpoints").iterdir():
         if link.is_symlink() and not link.exists(): link.unlink()
     (here / "torn/experiment_summary.json").unlink(missing_ok=True)
     before = json.loads((here / "torn/checkpoints/step_10/config.json").read_text())["tree"]
     said = shell("train sprout --resume_from torn")
     assert "resumed from step_10" in said and len(before) == 3
-    one, two = (json.loads((here / run / "checkpoints/step_30/config.json").read_text()) for run in ("whole", "torn"))
+    one, two = (json.loads((here / run / "checkpoints/step_30/config.json").read_text())
+                for run in ("whole", "torn"))
     assert one == two and len(two["tree"]) == 5 and two["tree"][:3] == before
     assert (here / "whole/checkpoints/step_30/model.safetensors").read_bytes() == (here / "torn/checkpoints/step_30/model.safetensors").read_bytes()
     assert (here / "whole/logs/tree_log.csv").read_text() == (here / "torn/logs/tree_log.csv").read_text()
@@ -161,19 +207,22 @@ def test_a_run_resumed_from_its_folder_goes_on_as_the_same_tree(here):
 
 
 def test_a_causal_tree_is_measured_in_bits_per_byte_and_writes(here):
-    said = shell(f"train sprout --objective causal --dataset_name story.txt --max_steps 24 --output_dir causal {SMALL}")
+    said = shell(f"train sprout --objective causal --dataset_name story.txt --max_steps 24 "
+                 f"--output_dir causal {SMALL}")
     assert "bits per byte" in said and "5/5 nodes" in said and (here / "causal/results/bits_per_byte.png").exists()
     facts = checkpoint_facts("causal")
     assert 2 < facts["bits_per_byte"] < 8 and abs(facts["bits_per_byte"] - facts["loss"] / 0.6931471805599453) < 1e-6
     said = shell("evaluate --model_path causal --max_batches 8")
     assert re.search(r"bits per byte\s+\d\.\d{3}", said) and "hidden tokens" not in said
-    one, two = (shell("generate --model_path causal --prompt 'My lord' --max_tokens 12 --seed 1") for _ in range(2))
+    one, two = (shell("generate --model_path causal --prompt 'My lord' --max_tokens 12 --seed "
+                      "1") for _ in range(2))
     assert one == two and one.startswith("My lord") and len(one) > len("My lord\n")
 
 
 @pytest.mark.parametrize("switch", ["--whole_word_masking", ""])
 def test_wordpiece_from_the_command_line(here, switch):
-    shell(f"train sprout --tokenizer wordpiece --vocab_size 200 --dataset_name story.txt {switch} --max_steps 20 --output_dir words {SMALL}")
+    shell(f"train sprout --tokenizer wordpiece --vocab_size 200 --dataset_name story.txt {switch} "
+          f"--max_steps 20 --output_dir words {SMALL}")
     config = json.loads((here / "words/checkpoints/best/config.json").read_text())
     assert config["vocab_size"] == 200 and config["whole_word_masking"] is bool(switch)
     said = shell("evaluate --model_path words")
@@ -181,7 +230,8 @@ def test_wordpiece_from_the_command_line(here, switch):
     assert "[" in shell("generate --model_path words --prompt 'the [MASK] rabbit' --temperature 0")
 
 
-# ---- the snippet --------------------------------------------------------------------------------------------------
+# ---- the snippet
+# --------------------------------------------------------------------------------------------------
 SNIPPET = '''
 import torch
 from transformers import BertTokenizer
@@ -220,9 +270,12 @@ model.visualize_structure()
 
 
 def vocabulary(where: str, request, here, tales):
-    "A folder ./bert-base-uncased with a vocab.txt: BERT's own, or a WordPiece that was trained here. From transformers' side both are loaded by name."
+    """A folder ./bert-base-uncased with a vocab.txt: BERT's own, or a WordPiece that was trained
+    here. From transformers' side both are loaded by name."""
     (here / "bert-base-uncased").mkdir()
-    if where == "bert": shutil.copyfile(request.getfixturevalue("lab_data")("bert-base-uncased/vocab.txt"), here / "bert-base-uncased/vocab.txt")
+    if where == "bert":
+        shutil.copyfile(request.getfixturevalue("lab_data")("bert-base-uncased/vocab.txt"),
+                        here / "bert-base-uncased/vocab.txt")
     else:
         from sprout_lab.data.tokenizers import train_wordpiece
         trained = train_wordpiece([tales], vocab_size=300)
@@ -250,15 +303,34 @@ def test_the_custom_training_loop(where, size, request, here, tales, capsys):
     outputs = model(input_ids=ids)
     assert outputs["num_nodes"] == model.sprout.count_total_nodes() == 3 and len(outputs["path_log"]) == 2 and outputs["path_log"][0]["action"] == "routed"
     info = model.get_model_info()
-    assert {"total_nodes", "max_nodes", "node_limit_reached", "total_params", "trainable_params", "sprout_stats"} <= set(info) and info["total_nodes"] == 3
+    assert {"total_nodes", "max_nodes", "node_limit_reached", "total_params", "trainable_params",
+            "sprout_stats"} <= set(info) and info["total_nodes"] == 3
     assert model.sprout.get_structure()["children"] and model.sprout.get_statistics()["total_nodes"] == 3 and model.sprout.is_converged(window=100, threshold=0.001) is False
 
 
-# ---- what is wrong is said in a line ------------------------------------------------------------------------------
+# ---- what is wrong is said in a line
+# ------------------------------------------------------------------------------
 @pytest.mark.parametrize("line, words", [
-    ("--max_dept 3", "did you mean 'max_depth'"), ("--objective causl", "did you mean 'causal'"), ("--objective causal --routing sequence", "use routing=token"), ("--max_nodes 0", "at least 1"),
-    ("--compatibility_threshold 1.5", "at least 0 and at most 1"), ("--compatibility_threshold high", "a number"), ("--mask_prob 0", "above 0 and below 1"), ("--hidden_dim 30 --num_heads 4", "not a multiple"),
-    ("--debug_mode --preset guide", "keep one of them"), ("--growth plato", "did you mean 'plateau'"), ("--routing tokens", "did you mean 'token'"), ("--mixed_precision fp8", "one of no, bf16, fp16, auto"),
-    ("--tokenizer bpe --vocab_size 300 --max_steps 1 --dataset_name story.txt", "no mask token"), ("--resume_from nowhere", "nowhere"),
+    ("--max_dept 3", "did you mean 'max_depth'"), ("--objective causl", "did you mean 'causal'"),
+    ("--objective causal --routing sequence", "use routing=token"), ("--max_nodes 0", "at least 1"),
+    ("--compatibility_threshold 1.5", "at least 0 and at most 1"), ("--compatibility_threshold "
+                                                                    "high", "a number"),
+                                                                    ("--mask_prob 0",
+                                                                     "above 0 and below 1"),
+                                                                     ("--hidden_dim 30 "
+                                                                      "--num_heads 4",
+                                                                      "not a multiple"),
+    ("--debug_mode --preset guide", "keep one of them"), ("--growth plato", "did you mean "
+                                                                            "'plateau'"),
+                                                                            ("--routing tokens",
+                                                                             "did you mean "
+                                                                             "'token'"),
+                                                                             ("--mixed_precision "
+                                                                              "fp8",
+                                                                              "one of no, bf16, "
+                                                                              "fp16, auto"),
+    ("--tokenizer bpe --vocab_size 300 --max_steps 1 --dataset_name story.txt", "no mask token"),
+    ("--resume_from nowhere", "nowhere"),
 ])
-def test_wrong_flags_are_answered_in_one_line(line, words): assert words in refused(f"train sprout {line}")
+def test_wrong_flags_are_answered_in_one_line(line, words):
+    assert words in refused(f"train sprout {line}")

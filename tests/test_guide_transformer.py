@@ -102,7 +102,8 @@ def test_the_guide_from_text_to_a_resumed_model(tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "tokens.txt").write_text(" ".join(map(str, tokens)))
 
-    small = ("--d_model 32 --num_layers 2 --num_heads 2 --d_ff 64 --context_length 32 --batch_size 4 "
+    small = ("--d_model 32 --num_layers 2 --num_heads 2 --d_ff 64 --context_length 32 "
+             "--batch_size 4 "
              "--warmup_iters 2 --eval_interval 5 --checkpoint_interval 5 --log_interval 1 "
              "--no_tensorboard --device cpu --sample_tokens 0")
     shell(f"train transformer --vocab_size 400 --train_data_path data/tokens.txt --max_iters 6 "

@@ -59,7 +59,8 @@ def test_every_split_of_a_ragged_batch(variant):
             ids[row, where], mask[row, where] = text[:n], 1
         for split in range(1, 9):
             cache, seen = None, []
-            for piece, part in ((ids[:, :split], mask[:, :split]), (ids[:, split:], mask[:, split:])):
+            for piece, part in ((ids[:, :split], mask[:, :split]),
+                                (ids[:, split:], mask[:, split:])):
                 output = model(piece, attention_mask=part, past_key_values=cache, use_cache=True)
                 cache = output.past_key_values
                 seen.append(output)
@@ -110,7 +111,8 @@ def test_forward_and_step_of_each_part():
         assert_close(now.prob[:, 0], boundaries.prob[:, t])
         z, active_rows = chunk.step(x[:, t:t + 1], now.mask)
         assert_close(dechunk.step(z, active_rows, now, dechunk_state)[:, 0], y[:, t])
-    same = x[:, :1].expand(-1, 10, -1)                              # it never changes direction: one chunk
+    # it never changes direction: one chunk
+    same = x[:, :1].expand(-1, 10, -1)
     for layer in (router.q_proj, router.k_proj): torch.nn.init.eye_(layer.weight)
     assert router(same, RaggedBatch()).mask.sum(1).tolist() == [1, 1, 1]
 
@@ -161,7 +163,8 @@ def test_it_learns_the_next_byte_and_stops_at_the_end():
     model.eval()
     with torch.no_grad(): predicted = model(ids).logits[0].argmax(-1)
     assert (predicted[19:-1] == ids[0, 20:]).all()
-    out = model.generate(torch.tensor([document + document[:4]]), max_new_tokens=60, do_sample=False)
+    out = model.generate(torch.tensor([document + document[:4]]), max_new_tokens=60,
+                         do_sample=False)
     assert out[0, len(document):].tolist() == document
 
 
@@ -202,7 +205,8 @@ def test_training_under_autocast_and_checkpointing():
 def test_generation_padded_beams_and_engine():
     model = perturbed(small(**VARIANTS["two stages, attention"]))
     prompts = [random_ids(model, 1, n, n)[0] for n in (3, 7)]
-    alone = [model.generate(p[None], max_new_tokens=8, do_sample=False)[0, len(p):] for p in prompts]
+    alone = [model.generate(p[None], max_new_tokens=8, do_sample=False)[0, len(p):]
+             for p in prompts]
     ids, mask = torch.zeros(2, 7, dtype=torch.long), torch.zeros(2, 7, dtype=torch.long)
     for row, p in enumerate(prompts): ids[row, 7 - len(p):], mask[row, 7 - len(p):] = p, 1
     together = model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False)[:, 7:]
@@ -238,7 +242,8 @@ def test_learning_rates_per_stage():
     assert not hasattr(next(small().parameters()), "lr_scale")
     from sprout_lab.configs import TrainingConfig
     from sprout_lab.trainers.optimizers import build_optimizer
-    for optimizer in ("adamw", "muon"):   # every parameter stands in a group of its own factor, once
+    # every parameter stands in a group of its own factor, once
+    for optimizer in ("adamw", "muon"):
         groups = build_optimizer(model, TrainingConfig(optimizer=optimizer)).param_groups
         grouped = {id(p): g["lr_scale"] for g in groups for p in g["params"]}
         assert grouped == {id(p): p.lr_scale for p in model.parameters()}
@@ -279,10 +284,12 @@ def test_two_processes_have_the_gradients_of_one(tmp_path):
 
 def test_configuration_errors():
     wrong = (
-        (dict(d_model=[24, 16]), "may not be narrower"), (dict(d_model=[16]), "one entry per stage"),
+        (dict(d_model=[24, 16]), "may not be narrower"),
+        (dict(d_model=[16]), "one entry per stage"),
         (dict(num_blocks=[[1, 1, 1], [2]]), r"must be \[encoder, 0, decoder\]"),
         (dict(num_blocks=[[1, 0, 1], [0]]), "at least 1"),
-        (dict(d_model="wide"), "a list is needed"), (dict(d_model=[16, "x"]), "list of widths|a list"),
+        (dict(d_model="wide"), "a list is needed"),
+        (dict(d_model=[16, "x"]), "list of widths|a list"),
         (dict(inner_pattern="xy"), "letters x or a"),
         (dict(lr_multiplier=[1.0]), "one factor above 0"), (dict(target_chunk_size=1.0), "above 1"),
         (dict(num_attention_heads=5), "multiples of num_attention_heads=5"),
@@ -296,7 +303,8 @@ def test_presets_and_the_guides_format(tmp_path):
     millions = {}
     for name in preset_names("hnet"):
         config = HNetBitConfig(**resolve("hnet", HNetBitConfig, presets=[name]).model)
-        with torch.device("meta"): millions[name] = HNetBitForCausalLM(config).num_parameters() / 1e6
+        with torch.device("meta"):
+            millions[name] = HNetBitForCausalLM(config).num_parameters() / 1e6
     guides = {k: round(v, 1) for k, v in millions.items() if k.startswith("hnet_bit")}
     assert guides == {"hnet_bit_1stage": 21.4, "hnet_bit_2stage": 189.7}
     sizes = {k: round(millions[k]) for k in ("nano", "mini", "small", "base")}

@@ -1,4 +1,5 @@
-"""Building kernels: twice at once, without a compiler, and where others have a hand in the cache."""
+"""Building kernels: twice at once, without a compiler, and where others have a hand in the cache.
+"""
 import os
 import stat
 import subprocess
@@ -71,7 +72,8 @@ def answer(process):
 
 def test_the_same_numbers_from_all(tmp_path):
     "Two processes at once, torn libraries, no compiler, and caches that cannot be used."
-    cache, empty, a_file, everyone = (tmp_path / name for name in ("cache", "empty", "file", "everyone"))
+    cache, empty, a_file, everyone = (tmp_path / name
+                                      for name in ("cache", "empty", "file", "everyone"))
     empty.mkdir()
     a_file.write_text("not a folder")
     (everyone / "kernels").mkdir(parents=True)
@@ -83,7 +85,8 @@ def test_the_same_numbers_from_all(tmp_path):
         assert mode(library) == 0o700
         library.write_bytes(library.read_bytes()[:2000])       # torn: mapping it would be SIGBUS
     started = {"torn": probe(SPROUT_LAB_CACHE=str(cache)),
-               "no compiler": probe(SPROUT_LAB_CACHE=str(tmp_path / "none"), PATH=str(empty), CC="")}
+               "no compiler": probe(SPROUT_LAB_CACHE=str(tmp_path / "none"), PATH=str(empty),
+                                    CC="")}
     answers |= {name: answer(process) for name, process in started.items()}
     started = {"a file": probe(SPROUT_LAB_CACHE=str(a_file)),
                "everyone's": probe(SPROUT_LAB_CACHE=str(everyone))}
@@ -133,7 +136,8 @@ def test_a_folder_of_somebody_elses_is_not_used(cache, monkeypatch):
     kept = set(cache.iterdir())
     with monkeypatch.context() as patch:
         patch.setattr(build.os, "geteuid", lambda: 4242)
-        with pytest.raises(PermissionError, match="can be written by others"): build._open_private(cache)
+        with pytest.raises(PermissionError, match="can be written by others"):
+            build._open_private(cache)
     if os.geteuid() == 0:
         os.chown(cache, 4242, 4242)
         assert answer_of(OTHER) == 13 and set(cache.iterdir()) == kept
@@ -172,7 +176,8 @@ def test_a_library_is_what_its_name_says(cache, damage):
     (library,) = cache.iterdir()
     whole = library.read_bytes()
     if damage == "cut": library.write_bytes(whole[:len(whole) // 2])
-    elif damage == "flipped": library.write_bytes(whole[:700] + bytes([whole[700] ^ 255]) + whole[701:])
+    elif damage == "flipped":
+        library.write_bytes(whole[:700] + bytes([whole[700] ^ 255]) + whole[701:])
     elif damage == "empty": library.write_bytes(b"")
     elif damage == "another": library.write_bytes(content)
     elif damage == "writable": library.chmod(0o777)
@@ -189,7 +194,8 @@ def test_a_library_is_what_its_name_says(cache, damage):
 @posix
 @needs_compiler
 def test_the_folder_checked_is_the_folder_used(cache, tmp_path, monkeypatch):
-    "Somebody who can rename folders above puts another in its place after the check: it is not read."
+    """Somebody who can rename folders above puts another in its place after the check: it is not
+    read."""
     answer_of()
     (library,) = cache.iterdir()
     answer_of(OTHER)
@@ -211,8 +217,10 @@ def test_the_folder_checked_is_the_folder_used(cache, tmp_path, monkeypatch):
 
 @posix
 @needs_compiler
-@pytest.mark.parametrize("name, kind", [("TMPDIR", "everyone's"), ("TMPDIR", "a file"), ("TMPDIR", "missing"),
-                                        ("XDG_CACHE_HOME", "everyone's"), ("XDG_CACHE_HOME", "a link")])
+@pytest.mark.parametrize("name, kind",
+                         [("TMPDIR", "everyone's"), ("TMPDIR", "a file"), ("TMPDIR", "missing"),
+                                        ("XDG_CACHE_HOME", "everyone's"),
+                          ("XDG_CACHE_HOME", "a link")])
 def test_other_folders_of_the_environment_do_not_matter(tmp_path, name, kind):
     "Nothing is left in them; the cache is below the home, private and complete."
     folder, home = tmp_path / "folder", tmp_path / "home"
@@ -226,7 +234,8 @@ def test_other_folders_of_the_environment_do_not_matter(tmp_path, name, kind):
     environment = {**inherited, "HOME": str(home), "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1",
                    name: str(folder)}
     code = f"from sprout_lab.kernels.build import load_c; print(load_c({SOURCE!r}, 'answer').answer())"
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], env=environment, cwd=tmp_path,
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], env=environment,
+                          cwd=tmp_path,
                           capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "42", done.stderr
     kernels = home / ".cache" / "sprout-lab" / "kernels"

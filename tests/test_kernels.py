@@ -18,7 +18,8 @@ def close(a, b, rtol=1e-4, atol=1e-4):
 
 
 def compare(function, inputs, backend, dtype=torch.float32, rtol=1e-4, seed=1):
-    "Outputs and gradients of `function(*inputs, backend)` against float64's, by each tensor's size."
+    """Outputs and gradients of `function(*inputs, backend)` against float64's, by each tensor's
+    size."""
     results = []
     for which, kind in ((backend, dtype), ("reference", torch.float64)):
         leaves = [x.to(kind).requires_grad_() for x in inputs]
@@ -100,16 +101,19 @@ def test_norm_gate_gradients(T, D, backend):
 @pytest.mark.parametrize("integer", (False, True))
 def test_bit_linear_gradients(T, D, backend, integer):
     generator = torch.Generator().manual_seed(T + D)
-    x, weight = torch.randn(T, D, generator=generator) + 0.1, 0.02 * torch.randn(24, D, generator=generator)
+    x, weight = torch.randn(T, D, generator=generator) + 0.1, 0.02 * torch.randn(24, D,
+                                                                                 generator=generator)
     gain = torch.rand(D, generator=generator) + 0.5
     def layer(x, w, n, backend): return (bit_linear(x, w, n, 1e-2, backend, integer),)
-    # a code may fall to the other side of a rounding border than in float64: one step of 1/127 in one input
+    # a code may fall to the other side of a rounding border than in float64: one step of 1/127 in
+    # one input
     compare(layer, (x, weight, gain), backend, rtol=5e-3)
 
 
 def test_integer_products_are_exact():
     generator = torch.Generator().manual_seed(0)
-    for rows, inputs, outputs in ((1, 1, 1), (1, 48, 24), (3, 300, 5), (17, 384, 100), (600, 257, 33)):
+    for rows, inputs, outputs in ((1, 1, 1), (1, 48, 24), (3, 300, 5), (17, 384, 100),
+                                  (600, 257, 33)):
         x = torch.randint(-128, 128, (rows, inputs), generator=generator, dtype=torch.int8)
         codes = torch.randint(-1, 2, (outputs, inputs), generator=generator, dtype=torch.int8)
         want = (x.double() @ codes.double().t()).to(torch.int32)
@@ -174,7 +178,8 @@ def test_backend_errors():
 
 
 def test_kernels_under_compile():
-    "The kernels are operators that `torch.compile` can trace around (traced here, not code-generated)."
+    """The kernels are operators that `torch.compile` can trace around (traced here, not
+    code-generated)."""
     f, i, _, _ = scan_inputs(9, 48)
     w, n = 0.02 * torch.randn(24, 48), torch.ones(48)
     def layer(f, i): return bit_linear(norm_gate(i, gated_scan(f, i)[0], n), w, n)

@@ -1,4 +1,5 @@
-"""Masking: shares, safety of special tokens, purity, whole words, held-out windows, pseudo-log-likelihood, WordPiece."""
+"""Masking: shares, safety of special tokens, purity, whole words, held-out windows,
+pseudo-log-likelihood, WordPiece."""
 import math
 
 import numpy as np
@@ -18,7 +19,8 @@ BYTES = ByteTokenizer(masked=True)
 def wordpiece(): return train_wordpiece([TEXT], vocab_size=120)
 
 
-def ids_of(tokenizer): return np.asarray(tokenizer.encode(TEXT, add_special_tokens=False), dtype=np.int64)
+def ids_of(tokenizer):
+    return np.asarray(tokenizer.encode(TEXT, add_special_tokens=False), dtype=np.int64)
 
 
 @pytest.mark.parametrize("whole", [False, True])
@@ -63,8 +65,10 @@ def test_a_batch_is_a_function_of_seed_and_number(order):
     assert not torch.equal(a.batch(1)["input_ids"], make(seed=4).batch(1)["input_ids"])
     if order == "shuffle":   # the same windows come back in the next epoch, with other gaps
         epoch = a.windows.num_windows
-        restored = [torch.where(x["labels"] == -100, x["input_ids"], x["labels"]) for x in (a.batch(0), a.batch(epoch))]
-        assert a.batch(0)["input_ids"].shape == (6, 32) and not torch.equal(a.batch(0)["labels"], a.batch(epoch)["labels"]) and restored[0].shape == restored[1].shape
+        restored = [torch.where(x["labels"] == -100, x["input_ids"], x["labels"])
+                    for x in (a.batch(0), a.batch(epoch))]
+        assert a.batch(0)["input_ids"].shape == (6, 32) and not torch.equal(a.batch(0)["labels"],
+                                                                            a.batch(epoch)["labels"]) and restored[0].shape == restored[1].shape
 
 
 def test_padding_gets_a_mask_and_no_target():
@@ -82,10 +86,12 @@ def test_held_out_windows_are_fixed_and_cover_the_text():
         assert torch.equal(torch.cat([b[key] for b in one]), torch.cat([b[key] for b in two]))
     last = one[-1]
     assert (last["labels"][last["attention_mask"] == 0] == -100).all()
-    restored = torch.cat([torch.where(b["labels"] == -100, b["input_ids"], b["labels"]).flatten() for b in one])
+    restored = torch.cat([torch.where(b["labels"] == -100, b["input_ids"],
+                                      b["labels"]).flatten() for b in one])
     assert restored[:1002].tolist() == tokens[:1002].tolist()
     assert len(MaskedWindows(tokens, BYTES, 64, 2, max_batches=3)) == 3
-    assert not torch.equal(MaskedWindows(tokens, BYTES, 64, 3, seed=1)[0]["labels"], one[0]["labels"])
+    assert not torch.equal(MaskedWindows(tokens, BYTES, 64, 3, seed=1)[0]["labels"],
+                           one[0]["labels"])
 
 
 def test_evaluation_of_a_masked_model_does_not_shift():
@@ -95,17 +101,22 @@ def test_evaluation_of_a_masked_model_does_not_shift():
         "Knows the answer at its own place."
         def __init__(self, windows):
             super().__init__()
-            self.answers, self.weight = iter([b["labels"] for b in windows]), torch.nn.Parameter(torch.zeros(1))
-        def forward(self, input_ids, attention_mask=None): return {"logits": 50.0 * torch.nn.functional.one_hot(next(self.answers).clamp(min=0), 259).float()}
+            self.answers, self.weight = iter([b["labels"]
+                                              for b in windows]), torch.nn.Parameter(torch.zeros(1))
+        def forward(self, input_ids, attention_mask=None):
+            return {"logits": 50.0 * torch.nn.functional.one_hot(next(self.answers).clamp(min=0),
+                                                                 259).float()}
 
     windows = list(MaskedWindows(ids_of(BYTES)[:2000], BYTES, 64, 4))
-    for shift in (True, False): assert evaluate_model(Oracle(windows), windows, None, shift=shift)["accuracy"] == 1.0
+    for shift in (True, False):
+        assert evaluate_model(Oracle(windows), windows, None, shift=shift)["accuracy"] == 1.0
 
 
 def test_pseudo_log_likelihood_by_hand(wordpiece):
     from sprout_lab.models.sprout import SproutConfig, SproutForMaskedLM
     torch.manual_seed(0)
-    model = SproutForMaskedLM(SproutConfig(vocab_size=len(wordpiece), hidden_size=32, num_attention_heads=2, tree=[-1, 0, 0])).train()
+    model = SproutForMaskedLM(SproutConfig(vocab_size=len(wordpiece), hidden_size=32,
+                                           num_attention_heads=2, tree=[-1, 0, 0])).train()
     text = "it was the best of times"
     ids = torch.tensor(wordpiece.encode(text, add_special_tokens=False))
     score = pseudo_log_likelihood(model, wordpiece, text, batch_size=3)
@@ -115,9 +126,12 @@ def test_pseudo_log_likelihood_by_hand(wordpiece):
     for t in range(len(ids)):
         hidden = ids.clone()
         hidden[t] = wordpiece.mask_token_id
-        with torch.no_grad(): total += model(hidden[None]).logits[0, t].double().log_softmax(-1)[ids[t]].item()
-    assert math.isclose(score["pseudo_log_likelihood"], total, rel_tol=1e-5) and score["num_bytes"] == len(text)
-    assert math.isclose(score["pseudo_bits_per_byte"], -total / math.log(2) / len(text), rel_tol=1e-5)
+        with torch.no_grad():
+            total += model(hidden[None]).logits[0, t].double().log_softmax(-1)[ids[t]].item()
+    assert math.isclose(score["pseudo_log_likelihood"], total,
+                        rel_tol=1e-5) and score["num_bytes"] == len(text)
+    assert math.isclose(score["pseudo_bits_per_byte"], -total / math.log(2) / len(text),
+                        rel_tol=1e-5)
 
 
 def test_wordpiece_saves_and_loads(wordpiece, tmp_path):
@@ -131,12 +145,15 @@ def test_wordpiece_saves_and_loads(wordpiece, tmp_path):
 def test_the_published_vocabulary(lab_data):
     bert = load_tokenizer(str(lab_data("bert-base-uncased/vocab.txt")))
     assert len(bert) == 30522 and bert.mask_token_id == 103
-    assert bert.tokenize("The quick brown fox, unaffable") == ["the", "quick", "brown", "fox", ",", "una", "##ffa", "##ble"]
+    assert bert.tokenize("The quick brown fox, unaffable") == ["the", "quick", "brown", "fox", ",",
+                                                               "una", "##ffa", "##ble"]
 
 
 def test_wrong_input_is_one_line(tmp_path):
     (tmp_path / "vocab.txt").write_text("a\nb\n")
-    for call in (lambda: MaskingRules(ByteTokenizer()), lambda: MaskingRules(CharTokenizer("abc")), lambda: train_wordpiece("a b", 3),
-                 lambda: pseudo_log_likelihood(None, BYTES, ""), lambda: MaskedBatches(np.arange(5), BYTES, 2, 64)):
+    for call in (lambda: MaskingRules(ByteTokenizer()), lambda: MaskingRules(CharTokenizer("abc")),
+                 lambda: train_wordpiece("a b", 3),
+                 lambda: pseudo_log_likelihood(None, BYTES, ""),
+                 lambda: MaskedBatches(np.arange(5), BYTES, 2, 64)):
         with pytest.raises(ConfigError) as caught: call()
         assert "\n" not in str(caught.value)

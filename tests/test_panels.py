@@ -1,4 +1,5 @@
-"""Panels without a browser: controls, threads, stop and resume, errors, what a live run leaves in a notebook."""
+"""Panels without a browser: controls, threads, stop and resume, errors, what a live run leaves in a
+notebook."""
 import ast
 import json
 import os
@@ -23,7 +24,9 @@ from sprout_lab.runs import read_log
 from sprout_lab.trainers.trainer import Trainer
 
 root = Path(__file__).parent.parent
-SMALL = dict(optimizer="adamw", hidden_size=32, num_hidden_layers=1, num_attention_heads=2, sequence_length=32, batch_size=8, eval_interval=20, eval_batches=2, save_interval=30, log_interval=1,
+SMALL = dict(optimizer="adamw", hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+             sequence_length=32, batch_size=8, eval_interval=20, eval_batches=2, save_interval=30,
+             log_interval=1,
              tensorboard=False, sample_tokens=0)
 
 
@@ -37,12 +40,19 @@ def test_every_control_keeps_its_settings_bounds(name):
         for spec in settings_fields(cls):
             control = control_for(spec)
             assert get_control(spec, control) == spec.default
-            if not isinstance(control, (widgets.IntSlider, widgets.FloatSlider, widgets.FloatLogSlider, widgets.SelectionSlider, widgets.BoundedIntText)): continue
-            if isinstance(control, widgets.SelectionSlider): low, high = control.options[0][1], [v for _, v in control.options if v != "none"][-1]
-            elif isinstance(control, widgets.FloatLogSlider): low, high = 10**control.min, 10**control.max
+            if not isinstance(control,
+                              (widgets.IntSlider, widgets.FloatSlider, widgets.FloatLogSlider,
+                               widgets.SelectionSlider, widgets.BoundedIntText)):
+                continue
+            if isinstance(control, widgets.SelectionSlider):
+                low, high = control.options[0][1], [v for _,
+                                                    v in control.options if v != "none"][-1]
+            elif isinstance(control, widgets.FloatLogSlider):
+                low, high = 10**control.min, 10**control.max
             else: low, high = control.min, control.max
             assert (spec.ge is None or low >= spec.ge) and (spec.gt is None or low > spec.gt), spec
-            assert (spec.le is None or high <= spec.le * 1.0001) and (spec.lt is None or high < spec.lt), spec
+            assert (spec.le is None or high <= spec.le * 1.0001) and (spec.lt is None
+                                                                      or high < spec.lt), spec
 
 
 @pytest.mark.parametrize("name", list(families))
@@ -65,7 +75,9 @@ def test_the_command_line_says_the_same(small):
     shown = CliRunner().invoke(cli, [*words[1:], "--dry_run"])
     assert shown.exit_code == 0, shown.output
     told = {line.split()[0]: line for line in shown.output.splitlines() if line.startswith("  ")}
-    for name, value in {**SMALL, "max_steps": 60, "learning_rate": 0.003, "tags": ["one", "two words"]}.items(): assert json.dumps(value) in told[name], name
+    for name, value in {**SMALL, "max_steps": 60, "learning_rate": 0.003,
+                        "tags": ["one", "two words"]}.items():
+        assert json.dumps(value) in told[name], name
 
 
 @pytest.mark.parametrize("change, words", [
@@ -87,7 +99,8 @@ def test_what_is_typed_wrong_is_refused_in_the_panel(small):
     p.controls["max_grad_norm"].value = "much"
     assert "max_grad_norm=&#x27;much&#x27;: a number above 0, or none is needed" in p.command_line.value
     p.controls["max_grad_norm"].value = "1.0"
-    p.set(min_learning_rate=0.008, num_epochs=2)   # fine beside this preset's learning rate, if not beside the default one
+    # fine beside this preset's learning rate, if not beside the default one
+    p.set(min_learning_rate=0.008, num_epochs=2)
     assert p.config().training.max_steps == 60 and p.config().training.num_epochs == 2
     p.set(max_steps=None)
     assert p.config().training.max_steps is None
@@ -98,7 +111,8 @@ def test_what_is_typed_wrong_is_refused_in_the_panel(small):
 
 
 def test_stopped_in_an_evaluation_and_resumed_equals_never_stopped(small, tmp_path, monkeypatch):
-    make_trainer(configure("transformer", {**small, "output_dir": str(tmp_path / "whole")}), log=lambda words: None).train()
+    make_trainer(configure("transformer", {**small, "output_dir": str(tmp_path / "whole")}),
+                 log=lambda words: None).train()
     p = panel("transformer", **small)
     evaluate, stopped_at = Trainer.evaluate, []
 
@@ -117,7 +131,8 @@ def test_stopped_in_an_evaluation_and_resumed_equals_never_stopped(small, tmp_pa
     assert p.wait(30) and p.state == "finished", p.message
     for log in ("logs/training_log.csv", "logs/eval_log.csv"):
         whole, mine = read_log(tmp_path / "whole" / log), read_log(tmp_path / "run" / log)
-        for column in ("step", "loss", "bits_per_byte"): assert whole[column] == mine[column], (log, column)
+        for column in ("step", "loss", "bits_per_byte"):
+            assert whole[column] == mine[column], (log, column)
     assert (tmp_path / "run/checkpoints/best").resolve().name == (tmp_path / "whole/checkpoints/best").resolve().name
 
 
@@ -128,7 +143,8 @@ def test_run_stop_resume_reset(small):
     p.run()   # a second click does nothing
     assert threading.active_count() <= threads + 1
     deadline = time.monotonic() + 30
-    while not (p.trainer is not None and p.trainer.step > 25): assert time.monotonic() < deadline and p.wait(0.01) is False
+    while not (p.trainer is not None and p.trainer.step > 25):
+        assert time.monotonic() < deadline and p.wait(0.01) is False
     assert p.buttons["Run"].disabled and not p.buttons["Stop"].disabled and p.buttons["Resume"].disabled
     p.stop()
     assert p.wait(10) and p.state == "stopped"
@@ -139,7 +155,8 @@ def test_run_stop_resume_reset(small):
     p.wait(10)
     assert p.state == "failed" and "already holds a run" in p.message
     p.resume()
-    while not (p.trainer.model is not model and p.trainer.step > step): assert p.running and time.monotonic() < deadline + 30
+    while not (p.trainer.model is not model and p.trainer.step > step):
+        assert p.running and time.monotonic() < deadline + 30
     p.reset()   # while it runs
     assert p.wait(10) and p.state == "ready" and p.model is None
     assert get_control(p.specs["max_steps"], p.controls["max_steps"]) == 100_000
@@ -179,7 +196,8 @@ def test_playground_and_its_mistakes(small):
     p.run()
     play.write()
     play.wait(10)
-    assert play.state == "failed" and ("is training" in play.message or "no model yet" in play.message)
+    assert play.state == "failed" and ("is training" in play.message
+                                       or "no model yet" in play.message)
     p.wait(30)
     play.write()
     assert play.wait(30) and play.state == "ready" and play.page.value.count("<input") == len([piece for piece in play.pieces if piece.surprise])
@@ -205,7 +223,8 @@ def test_stop_while_writing(small):
 
 def test_compare_survives_what_is_no_run(small, tmp_path):
     for name, width in (("a", 32), ("b", 64)):
-        p = panel("transformer", **{**small, "hidden_size": width, "max_steps": 2, "output_dir": str(tmp_path / name)})
+        p = panel("transformer", **{**small, "hidden_size": width, "max_steps": 2,
+                                    "output_dir": str(tmp_path / name)})
         p.run(), p.wait(30)
     (tmp_path / "c").mkdir()
     c = compare(tmp_path, ["a", "b"])
@@ -225,11 +244,16 @@ def test_live_in_a_terminal_and_in_ci(small, monkeypatch, capsys, tmp_path):
     monkeypatch.delenv("CI", raising=False)
     spoken = Spoken()
     live = Live()
-    make_trainer(configure("transformer", {**small, "max_steps": 20, "output_dir": str(tmp_path / "terminal")}), extra_callbacks=[live], log=spoken).train()
-    assert live.where == "terminal" and sum("bits per byte" in line for line in spoken) == 2   # the trainer's own lines, once each
+    make_trainer(configure("transformer",
+                           {**small, "max_steps": 20, "output_dir": str(tmp_path / "terminal")}),
+                 extra_callbacks=[live], log=spoken).train()
+    # the trainer's own lines, once each
+    assert live.where == "terminal" and sum("bits per byte" in line for line in spoken) == 2
     monkeypatch.setenv("CI", "true")
     live = Live()
-    make_trainer(configure("transformer", {**small, "max_steps": 20, "output_dir": str(tmp_path / "ci")}), extra_callbacks=[live], log=lambda words: None).train()
+    make_trainer(configure("transformer",
+                           {**small, "max_steps": 20, "output_dir": str(tmp_path / "ci")}),
+                 extra_callbacks=[live], log=lambda words: None).train()
     assert live.where == "silent" and live.handles is None
     assert capsys.readouterr().out == ""
 
@@ -248,14 +272,20 @@ def train(folder, steps, live):
 def test_two_thousand_steps_leave_a_small_notebook(tmp_path, monkeypatch):
     monkeypatch.delenv("CI", raising=False)
     monkeypatch.setenv("PYTHONPATH", str(root))
-    settings = {**SMALL, "hidden_size": 16, "sequence_length": 16, "batch_size": 2, "eval_interval": 50, "eval_batches": 1, "log_interval": 5}
-    cells = [LONG % settings, f"live = Live()\ntrain({str(tmp_path / 'long')!r}, 2000, live)", "live",
-             f"second = Live()\nthread = threading.Thread(target=train, args=({str(tmp_path / 'thread')!r}, 100, second))\nthread.start(); thread.join()"]
+    settings = {**SMALL, "hidden_size": 16, "sequence_length": 16, "batch_size": 2,
+                "eval_interval": 50, "eval_batches": 1, "log_interval": 5}
+    cells = [LONG % settings, f"live = Live()\ntrain({str(tmp_path / 'long')!r}, 2000, live)",
+             "live",
+             f"second = Live()\nthread = threading.Thread(target=train, "
+             f"args=({str(tmp_path / 'thread')!r}, 100, second))\nthread.start(); thread.join()"]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
     NotebookClient(notebook, timeout=120, kernel_name="python3").execute(cwd=str(tmp_path))
     size = len(nbformat.writes(notebook).encode())
-    kinds = [[next(iter(set(o.get("data", {})) & {"image/png", "text/html"}), o.output_type) for o in cell.outputs] for cell in notebook.cells]
-    assert kinds == [[], ["text/html", "image/png"], ["text/html", "image/png"], ["text/html", "image/png"]], kinds   # a table and a figure; shown again by name; from a thread
+    kinds = [[next(iter(set(o.get("data", {})) & {"image/png", "text/html"}), o.output_type)
+              for o in cell.outputs] for cell in notebook.cells]
+    # a table and a figure; shown again by name; from a thread
+    assert kinds == [[], ["text/html", "image/png"], ["text/html", "image/png"],
+                     ["text/html", "image/png"]], kinds
     assert "step 2,000 of 2,000" in notebook.cells[1].outputs[0].data["text/html"] and "finished" in notebook.cells[2].outputs[0].data["text/html"]
     assert size < 1_000_000, size
 
@@ -265,25 +295,38 @@ def test_no_notebook_carries_the_state_of_its_widgets():
         assert "widgets" not in json.loads(path.read_text())["metadata"], f"{path.name}: execute it without storing widget state"
 
 
-ALLOWED = {"Accordion", "BoundedIntText", "Button", "Checkbox", "Combobox", "Dropdown", "FloatLogSlider", "FloatSlider", "GridBox", "HBox", "HTML", "Image", "IntSlider", "Layout",
-           "SelectMultiple", "SelectionSlider", "Text", "Textarea", "VBox", "Widget"}   # in ipywidgets 7.7 and 8.1 alike
+ALLOWED = {"Accordion", "BoundedIntText", "Button", "Checkbox", "Combobox", "Dropdown",
+           "FloatLogSlider", "FloatSlider", "GridBox", "HBox", "HTML", "Image", "IntSlider",
+           "Layout",
+           # in ipywidgets 7.7 and 8.1 alike
+           "SelectMultiple", "SelectionSlider", "Text", "Textarea", "VBox", "Widget"}
 
 
 def test_only_widgets_that_both_versions_have():
     for path in (root / "sprout_lab/panels").glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "widgets": assert node.attr in ALLOWED, (path.name, node.attr)
-            if isinstance(node, ast.With): assert not any("out" == getattr(item.context_expr, "id", "") for item in node.items), path.name
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and getattr(node.func.value, "id", "") == "widgets":
+            if isinstance(node, ast.Attribute) and isinstance(node.value,
+                                                              ast.Name) and node.value.id == "widgets":
+                assert node.attr in ALLOWED, (path.name, node.attr)
+            if isinstance(node, ast.With):
+                assert not any("out" == getattr(item.context_expr, "id", "")
+                               for item in node.items), path.name
+            if isinstance(node, ast.Call) and isinstance(node.func,
+                                                         ast.Attribute) and getattr(node.func.value,
+                                                                                    "id",
+                                                                                    "") == "widgets":
                 keywords = {k.arg for k in node.keywords}
-                assert not keywords & {"titles", "description_allow_html", "description_tooltip", "tabbable"}, (path.name, keywords)
+                assert not keywords & {"titles", "description_allow_html", "description_tooltip",
+                                       "tabbable"}, (path.name, keywords)
                 assert "tooltip" not in keywords or node.func.attr == "Button", path.name
 
 
 def test_the_other_major_version(small):
-    "With a folder that holds another ipywidgets: pip install --no-deps --target DIR ipywidgets==7.7.1 ipython_genutils."
+    """With a folder that holds another ipywidgets: pip install --no-deps --target DIR
+    ipywidgets==7.7.1 ipython_genutils."""
     folder = os.environ.get("SPROUT_LAB_IPYWIDGETS7")
-    if not folder or not Path(folder, "ipywidgets").is_dir(): pytest.skip("needs $SPROUT_LAB_IPYWIDGETS7, a folder with ipywidgets 7.7")
+    if not folder or not Path(folder, "ipywidgets").is_dir():
+        pytest.skip("needs $SPROUT_LAB_IPYWIDGETS7, a folder with ipywidgets 7.7")
     code = f"""import ipywidgets
 from sprout_lab.panels import compare, panel, playground
 assert ipywidgets.__version__.startswith("7."), ipywidgets.__version__
@@ -293,5 +336,7 @@ p.set(max_steps=30); p.resume(); p.wait(); assert p.trainer.step == 30, p.messag
 play = playground(p, max_tokens=10); play.write(); play.wait(); assert play.state == "ready", play.message
 assert compare({str(Path(small['output_dir']).parent)!r}, ["run"]).table.value
 print(p.box._repr_mimebundle_ if hasattr(p.box, "_repr_mimebundle_") else p.box._ipython_display_)"""
-    done = subprocess.run([sys.executable, "-W", "error::DeprecationWarning:__main__", "-c", code], env={**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{root}"}, capture_output=True, text=True, cwd=root)
+    done = subprocess.run([sys.executable, "-W", "error::DeprecationWarning:__main__", "-c", code],
+                          env={**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{root}"},
+                          capture_output=True, text=True, cwd=root)
     assert done.returncode == 0, done.stderr[-2000:]

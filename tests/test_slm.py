@@ -1,4 +1,5 @@
-"""The flat ternary recurrent model: laws, packing, learning, generation, saving, its configuration."""
+"""The flat ternary recurrent model: laws, packing, learning, generation, saving, its configuration.
+"""
 import copy
 
 import pytest
@@ -18,7 +19,8 @@ from sprout_lab.models.ternary import export_ternary, load_ternary
 SMALL = dict(hidden_size=32, num_hidden_layers=2, intermediate_size=48)
 VARIANTS = {
     "plain": {},
-    "convolution, bounds, wide state": dict(use_short_conv=True, use_lower_bound=True, expand_ratio=2),
+    "convolution, bounds, wide state": dict(use_short_conv=True, use_lower_bound=True,
+                                            expand_ratio=2),
     "two convolutions, tied head": dict(
         use_short_conv=True, share_conv_kernel=False, conv_size=3, tie_word_embeddings=True),
 }
@@ -95,9 +97,12 @@ def test_it_learns_the_next_byte_and_stops_at_the_end():
     model.eval()
     with torch.no_grad():
         logits = model(ids).logits[0]
-    assert (logits.argmax(-1)[19:-1] == ids[0, 20:]).all()          # the next byte, not the one after
-    out = model.generate(torch.tensor([document + document[:4]]), max_new_tokens=60, do_sample=False)
-    assert out[0, len(document):].tolist() == document              # goes on, says it ends, and stops
+    # the next byte, not the one after
+    assert (logits.argmax(-1)[19:-1] == ids[0, 20:]).all()
+    out = model.generate(torch.tensor([document + document[:4]]), max_new_tokens=60,
+                         do_sample=False)
+    # goes on, says it ends, and stops
+    assert out[0, len(document):].tolist() == document
 
 
 def checkpoint(model):
@@ -141,20 +146,23 @@ def test_loss_conventions():
     shifted = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
     assert_close(model(ids, shift_labels=shifted).loss, plain)
     assert_close(model(ids, labels=ids, num_items_in_batch=32).loss, plain / 2)
-    packed = model(ids.view(1, -1), labels=ids.view(1, -1), cu_seqlens=torch.tensor([0, 9, 18])).loss
+    packed = model(ids.view(1, -1), labels=ids.view(1, -1),
+                   cu_seqlens=torch.tensor([0, 9, 18])).loss
     assert_close(packed, plain)                       # no target crosses into the next document
 
 
 def test_generation_padded_beams_and_engine():
     model = perturbed(small(use_short_conv=True))
     prompts = [random_ids(model, 1, n, n)[0] for n in (3, 7)]
-    alone = [model.generate(p[None], max_new_tokens=8, do_sample=False)[0, len(p):] for p in prompts]
+    alone = [model.generate(p[None], max_new_tokens=8, do_sample=False)[0, len(p):]
+             for p in prompts]
     ids, mask = torch.zeros(2, 7, dtype=torch.long), torch.zeros(2, 7, dtype=torch.long)
     for row, p in enumerate(prompts): ids[row, 7 - len(p):], mask[row, 7 - len(p):] = p, 1
     together = model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False)[:, 7:]
     assert torch.equal(together, torch.stack(alone))
     how = dict(max_new_tokens=6, num_beams=3, do_sample=False)
-    beams, plain = (model.generate(prompts[1][None], use_cache=cached, **how) for cached in (True, False))
+    beams, plain = (model.generate(prompts[1][None], use_cache=cached, **how)
+                    for cached in (True, False))
     assert torch.equal(beams, plain)
 
     engine = Engine(model)
@@ -215,7 +223,8 @@ def test_exported_model_has_the_same_logits(tmp_path, family):
         assert torch.equal(again(ids).logits, model(ids).logits)
         for n in (1, 12):
             how = dict(max_new_tokens=10, do_sample=False)
-            assert torch.equal(model.generate(ids[:1, :n], **how), again.generate(ids[:1, :n], **how))
+            assert torch.equal(model.generate(ids[:1, :n], **how),
+                               again.generate(ids[:1, :n], **how))
     codes = sum(t.numel() for name, t in load_file(path).items() if name.endswith(".codes"))
     layers = [m for m in model.modules() if isinstance(m, BitLinear)]
     assert codes == sum(-(-layer.weight.numel() // 4) for layer in layers)
@@ -229,7 +238,8 @@ def test_exported_model_has_the_same_logits(tmp_path, family):
 def test_configuration_errors():
     wrong = {"hidden_size=0": dict(hidden_size=0), "did you mean 'hidden_size'": dict(hiden_size=3),
              "one of fused_recurrent": dict(attn_mode="fast"), "conv_size=1": dict(conv_size=1),
-             "outside vocab_size=256": dict(eos_token_id=300), "hidden_size": dict(hidden_size=True)}
+             "outside vocab_size=256": dict(eos_token_id=300),
+             "hidden_size": dict(hidden_size=True)}
     for words, fields in wrong.items():
         with pytest.raises(ConfigError, match=words): SLMConfig(**fields)
     ids = torch.zeros(1, 5, dtype=torch.long)
@@ -251,7 +261,8 @@ def test_presets_and_the_guides_format():
         "training_flat_tinystories": 21}
     fields = SLMConfig.settings.model_fields
     nano = {k: v for k, v in read_preset("slm", "nano").items() if k in fields}
-    assert SLMConfig().to_dict() == SLMConfig(**nano).to_dict()     # the class's defaults are nano's
+    # the class's defaults are nano's
+    assert SLMConfig().to_dict() == SLMConfig(**nano).to_dict()
     run = resolve("slm", SLMConfig, flags=GUIDES_FORMAT)
     names = "hidden_size", "num_hidden_layers", "num_attention_heads"
     assert [run.model[name] for name in names] == [512, 6, 1]

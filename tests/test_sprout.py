@@ -32,7 +32,8 @@ def batch(rows=8, length=12, seed=0, vocab=50):
     random = torch.Generator().manual_seed(seed)
     ids = torch.randint(vocab - 1, (rows, length), generator=random)
     hidden = torch.rand(ids.shape, generator=random) < 0.3
-    return {"input_ids": ids.masked_fill(hidden, vocab - 1), "labels": ids.masked_fill(~hidden, -100)}
+    return {"input_ids": ids.masked_fill(hidden, vocab - 1),
+            "labels": ids.masked_fill(~hidden, -100)}
 
 
 def train(model, optimizer, steps, seed=0):
@@ -85,7 +86,8 @@ def test_generation_and_cache_surgery():
     ids = torch.randint(49, (3, 7))
     greedy = model.generate(ids, max_new_tokens=6, do_sample=False)
     expected = ids
-    for _ in range(6): expected = torch.cat([expected, model(expected).logits[:, -1:].argmax(-1)], 1)
+    for _ in range(6):
+        expected = torch.cat([expected, model(expected).logits[:, -1:].argmax(-1)], 1)
     assert torch.equal(greedy, expected)
     assert model.generate(ids, max_new_tokens=4, num_beams=3).shape == (3, 11)
     cache = model.make_cache(3, 16)
@@ -97,7 +99,8 @@ def test_generation_and_cache_surgery():
     for one in (cache, copied): assert_close(model(more, past_key_values=one).logits, want)
     left = torch.cat([torch.zeros(3, 3, dtype=torch.long), ids], 1)
     mask = torch.cat([torch.zeros(3, 3, dtype=torch.long), torch.ones_like(ids)], 1)
-    assert torch.equal(model.generate(left, attention_mask=mask, max_new_tokens=6, do_sample=False)[:, 3:], greedy)
+    assert torch.equal(model.generate(left, attention_mask=mask, max_new_tokens=6,
+                                      do_sample=False)[:, 3:], greedy)
 
 
 # ---- router -------------------------------------------------------------------------------------
@@ -223,7 +226,8 @@ def test_limits_hold_under_any_threshold(model_class, routing, threshold):
             model.grow(limit=3)
             nodes = model.sprout.nodes
             assert len(nodes) <= max_nodes and max(node.depth for node in nodes) <= max_depth
-        if threshold == 0: assert len(nodes) == min(max_nodes, max_depth + 1)   # first children only
+        # first children only
+        if threshold == 0: assert len(nodes) == min(max_nodes, max_depth + 1)
         elif max_depth: assert len(nodes) == max_nodes
         assert model.get_model_info()["node_limit_reached"] == (len(nodes) == max_nodes)
 
@@ -291,8 +295,10 @@ def test_new_parameters_join_the_groups_of_their_kind():
         twin.load_state_dict(model.state_dict())
         its = build_optimizer(twin, settings)
         load_optimizer_tensors(twin, its, optimizer_tensors(model, optimizer))
-        for one, its_optimizer in ((model, optimizer), (twin, its)): train(one, its_optimizer, 3, seed=77)
-        for (name, a), b in zip(model.named_parameters(), twin.parameters()): assert torch.equal(a, b), name
+        for one, its_optimizer in ((model, optimizer), (twin, its)):
+            train(one, its_optimizer, 3, seed=77)
+        for (name, a), b in zip(model.named_parameters(), twin.parameters()):
+            assert torch.equal(a, b), name
 
 
 def test_a_copied_subtree_keeps_the_function():
@@ -348,7 +354,8 @@ def test_save_and_load_a_grown_tree(tmp_path):
     assert twin.sprout.usage() == model.sprout.usage()
     assert torch.equal(twin.eval()(**batch()).logits, model.eval()(**batch()).logits)
     assert twin.get_model_info() == model.get_model_info()
-    for name, value in model.state_dict().items(): assert torch.equal(value, twin.state_dict()[name]), name
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, twin.state_dict()[name]), name
     # both grow on alike, and a fresh model can take over the shape
     for one in (model, twin): one.train()(**batch(seed=5)); one.grow(step=99)
     assert twin.config.tree == model.config.tree
@@ -431,14 +438,16 @@ def test_the_guides_constructor():
     assert outputs["num_nodes"] == 1 == model.sprout.count_total_nodes()
     assert "loss" not in outputs and model(**batch()).loss > 0
     no_target = torch.full((1, 5), -100)
-    assert model(torch.randint(300, (1, 5)), labels=no_target).loss == 0, "no target, no loss, no NaN"
+    assert model(torch.randint(300, (1, 5)),
+                 labels=no_target).loss == 0, "no target, no loss, no NaN"
     with pytest.raises(ConfigError, match="did you mean 'max_nodes'"):
         SproutLanguageModel(vocab_size=9, max_node=3)
     quiet = SproutLanguageModel(vocab_size=300, hidden_dim=64, log_paths=False)
     assert "path_log" not in quiet(torch.randint(300, (1, 5)))
 
 
-@pytest.mark.parametrize("size, millions", [("nano", 1), ("mini", 10), ("small", 30), ("base", 100)])
+@pytest.mark.parametrize("size, millions",
+                         [("nano", 1), ("mini", 10), ("small", 30), ("base", 100)])
 def test_fully_grown_presets_have_the_size_they_promise(size, millions):
     known = SproutConfig.settings.model_fields
     fields = dict(canonical(n, v, known) for n, v in read_preset("sprout", size).items())
@@ -672,8 +681,10 @@ def test_two_processes_grow_the_same_tree_as_one(tmp_path):
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     env["PYTHONPATH"] = os.pathsep.join([root, env.get("PYTHONPATH", "")])
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run([*launch, str(script)], env=env, capture_output=True, text=True, timeout=300)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
+              "2"]
+    done = subprocess.run([*launch, str(script)], env=env, capture_output=True, text=True,
+                          timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     with contextlib.redirect_stdout(io.StringIO()) as alone: exec(script.read_text(), {})
     printed = alone.getvalue(), done.stdout

@@ -16,17 +16,20 @@ from sprout_lab.decoding.engine import Engine
 from sprout_lab.families import load_model
 from sprout_lab.kernels import ternary_decode
 from sprout_lab.kernels.build import compiler
-from sprout_lab.kernels.ternary_decode import (TERNARY_STEP_C, StepBlock, StepLinear, StepStage, TernaryStep,
+from sprout_lab.kernels.ternary_decode import (TERNARY_STEP_C, StepBlock, StepLinear, StepStage,
+                                               TernaryStep,
                                                pack_fours, ternary_step_reference)
 from sprout_lab.models.hnet import HNetBitConfig, HNetBitForCausalLM
 from sprout_lab.models.slm import SimplifiedSLMForCausalLM, SLMConfig
-from sprout_lab.models.ternary import (TERNARY_FILE, StepCache, TernaryHNet, TernarySLM, export_ternary,
+from sprout_lab.models.ternary import (TERNARY_FILE, StepCache, TernaryHNet, TernarySLM,
+                                       export_ternary,
                                        load_ternary)
 
 
 def flat(hidden_size=24, num_hidden_layers=2, intermediate_size=33, **switches):
     sizes = dict(hidden_size=hidden_size, num_hidden_layers=num_hidden_layers)
-    return SimplifiedSLMForCausalLM(SLMConfig(**sizes, intermediate_size=intermediate_size, **switches))
+    return SimplifiedSLMForCausalLM(SLMConfig(**sizes, intermediate_size=intermediate_size,
+                                              **switches))
 
 
 def with_all_switches():
@@ -86,10 +89,12 @@ def random_model(width, inner=None, convs=0, vocabulary=7, dtype=torch.float64):
     "(embedding, stage, head) of random tensors; with `inner` a hierarchy around that width."
     def gain(n): return (torch.rand(n) + 0.5).to(dtype)
     def matrix(): return (torch.randn(width, width) / width ** 0.5).to(dtype)
-    stage = StepStage([random_block(width, 2 * width + 1, width + 2, convs, dtype)], gain(width), 1e-6)
+    stage = StepStage([random_block(width, 2 * width + 1, width + 2, convs, dtype)], gain(width),
+                      1e-6)
     if inner:
         pad = torch.randn(inner - width).to(dtype) if inner > width else None
-        innermost = StepStage([random_block(inner, inner, inner + 1, convs, dtype)], gain(inner), 1e-6, pad)
+        innermost = StepStage([random_block(inner, inner, inner + 1, convs, dtype)], gain(inner),
+                              1e-6, pad)
         stage = stage._replace(inner=innermost, query=matrix(), key=matrix(), residual=matrix(),
                                decoder=[random_block(width, width, 3 * width, convs, dtype)],
                                decoder_norm=gain(width))
@@ -106,7 +111,8 @@ def agree(model, rows=3, steps=5, atol=1e-9):
             torch.testing.assert_close(a, b, rtol=0, atol=atol)
 
 
-SIZES = [(1, None, 0), (2, 2, 2), (48, 63, 1), (63, None, 2), (257, None, 0), (130, 257, 0), (384, None, 1)]
+SIZES = [(1, None, 0), (2, 2, 2), (48, 63, 1), (63, None, 2), (257, None, 0), (130, 257, 0),
+         (384, None, 1)]
 
 
 @pytest.mark.parametrize("width, inner, convs", SIZES)
@@ -126,7 +132,8 @@ def test_other_processors(calls, monkeypatch, without):
 
 
 def test_single_precision_differs_by_roundings_only(calls):
-    "Most agree to the last digits; an activation on another of its 255 values moves the logits by that share."
+    """Most agree to the last digits; an activation on another of its 255 values moves the logits by
+    that share."""
     torch.manual_seed(0)
     model = random_model(64, dtype=torch.float32)
     step, differences = TernaryStep(*model), []
@@ -184,7 +191,8 @@ def test_what_the_kernel_leaves_to_the_model(calls, tmp_path):
     cache = model(ids[:, :3], use_cache=True).past_key_values
     assert type(cache) is StepCache and not calls
     model(ids[:, 3:4], past_key_values=cache, labels=ids[:, 3:4], use_cache=True)
-    padded, new_document = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]), torch.tensor([[0], [5]])
+    padded, new_document = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]), torch.tensor([[0],
+                                                                                           [5]])
     model(ids[:, 3:4], past_key_values=cache, attention_mask=padded)
     model(ids[:, 3:4], past_key_values=cache, position_ids=new_document)
     model(ids[:, 3:5], past_key_values=cache)
@@ -195,9 +203,11 @@ def test_what_the_kernel_leaves_to_the_model(calls, tmp_path):
     assert calls == [2]
     with pytest.raises(IndexError, match="the model knows 0 to 255"):
         model(torch.tensor([[3], [256]]), past_key_values=cache)
-    attention = exported(HNetBitForCausalLM(HNetBitConfig(inner_pattern="xax")), tmp_path / "attention")
+    attention = exported(HNetBitForCausalLM(HNetBitConfig(inner_pattern="xax")),
+                         tmp_path / "attention")
     output = attention(ids, use_cache=True)
-    assert attention(ids[:, :1], past_key_values=output.past_key_values).logits.isfinite().all() and len(calls) == 2
+    assert attention(ids[:, :1],
+                     past_key_values=output.past_key_values).logits.isfinite().all() and len(calls) == 2
 
 
 def test_weights_that_change_are_packed_again(calls, tmp_path):
@@ -210,7 +220,8 @@ def test_weights_that_change_are_packed_again(calls, tmp_path):
     one.load_state_dict(two.state_dict())
     assert not torch.equal(before, want) and torch.equal(last(one), want)
     torch.testing.assert_close(last(one.double()).float(), want, rtol=0, atol=0.05)
-    for action in (lambda: one.save_pretrained(tmp_path / "x"), lambda: export_ternary(one, tmp_path / "x")):
+    for action in (lambda: one.save_pretrained(tmp_path / "x"),
+                   lambda: export_ternary(one, tmp_path / "x")):
         with pytest.raises(ConfigError, match="copy its folder"): action()
 
 
@@ -232,7 +243,8 @@ print(warned, model._step is not None and model._step[0].runs_in_c())
 
 @pytest.mark.parametrize("family", ("slm", "hnet"))
 def test_a_trained_model_writes_the_same_text(calls, tmp_path, family):
-    "Kept quantised, exported and stepped by the kernel, and without a compiler: the same 210 tokens."
+    """Kept quantised, exported and stepped by the kernel, and without a compiler: the same 210
+    tokens."""
     torch.manual_seed(0)
     model = flat(48, 2, 96) if family == "slm" else hierarchy([48, 64], [[1, 0, 1], [1]])
     ids = torch.tensor([list(TEXT * 6)])
@@ -249,7 +261,8 @@ def test_a_trained_model_writes_the_same_text(calls, tmp_path, family):
     assert bytes(want[0]).startswith(b" sat on the")
     assert decode_greedily(Engine(again), prompts, 210) == want and len(calls) == 209
     loaded, _ = load_model(tmp_path)
-    out = loaded.generate(torch.tensor(prompts[:1]), attention_mask=torch.ones(1, 7, dtype=torch.long),
+    out = loaded.generate(torch.tensor(prompts[:1]),
+                          attention_mask=torch.ones(1, 7, dtype=torch.long),
                           max_new_tokens=40, do_sample=False)
     assert out[0, 7:].tolist() == want[0][:40] and len(calls) > 209
     empty = tmp_path / "empty"
@@ -269,7 +282,8 @@ def test_generate_command(tmp_path, capsys):
     from sprout_lab.data.tokenizers import ByteTokenizer
     make("flat", tmp_path)
     ByteTokenizer().save_pretrained(tmp_path)
-    cli.main(["generate", "--model_path", str(tmp_path), "--prompt", "hello", "--max_new_tokens", "5",
+    cli.main(["generate", "--model_path", str(tmp_path), "--prompt", "hello", "--max_new_tokens",
+              "5",
               "--temperature", "0"], standalone_mode=False)
     assert capsys.readouterr().out.startswith("hello")
 

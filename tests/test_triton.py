@@ -1,4 +1,5 @@
-"""The Triton kernels: interpreted on a CPU, compiled for three generations of GPUs, run where there is one."""
+"""The Triton kernels: interpreted on a CPU, compiled for three generations of GPUs, run where there
+is one."""
 import os
 import subprocess
 import sys
@@ -16,9 +17,11 @@ here = Path(__file__).resolve().parent
 
 
 def run(script, **environment):
-    "A script beside this file, in a process of its own: whether Triton interprets is decided at its import."
+    """A script beside this file, in a process of its own: whether Triton interprets is decided at
+    its import."""
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment = {**inherited, "PYTHONPATH": str(here.parent), "OMP_NUM_THREADS": "1", **environment}
+    environment = {**inherited, "PYTHONPATH": str(here.parent), "OMP_NUM_THREADS": "1",
+                   **environment}
     command = [sys.executable, str(here / script)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
@@ -42,7 +45,8 @@ def test_on_a_gpu():
             f, i, h0, reset = (t.cuda() for t in scan_inputs(T, D))
             def scan(f, i, h0, backend): return gated_scan(f, i, h0, reset, backend)
             compare(scan, (f, i, h0), "triton", rtol=5e-4)
-            g, gain, weight = i[0] + 0.1, torch.rand(D, device="cuda") + 0.5, 0.02 * torch.randn(24, D).cuda()
+            g, gain, weight = i[0] + 0.1, torch.rand(D, device="cuda") + 0.5, 0.02 * torch.randn(24,
+                                                                                                 D).cuda()
             def gate(g, h, w, backend): return (norm_gate(g, h, w, 1e-2, backend),)
             compare(gate, (g, f[0], gain), "triton", rtol=1e-3)
             def silu(x, backend): return (silu_gate(x, backend),)

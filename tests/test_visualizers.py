@@ -189,7 +189,8 @@ def _shown(figure, style: str) -> list[tuple[str, float, bool]]:
 def test_every_word_can_be_read_on_both_papers(name):
     figure = EVERY_FIGURE[name]()
     figure.draw_without_rendering()
-    least = 2.9 if name in ("embeddings", "half-lives") else 4.4     # these name things in their own colours
+    # these name things in their own colours
+    least = 2.9 if name in ("embeddings", "half-lives") else 4.4
     for style in ("light", "dark"):
         shown = sorted(_shown(figure, style), key=lambda s: s[1])
         assert shown and shown[0][1] > least, (style, shown[:3])

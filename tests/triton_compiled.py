@@ -1,4 +1,5 @@
-"""Run without TRITON_INTERPRET: the Triton kernels, compiled and not run, for three generations of GPUs."""
+"""Run without TRITON_INTERPRET: the Triton kernels, compiled and not run, for three generations of
+GPUs."""
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource

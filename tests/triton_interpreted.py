@@ -1,4 +1,5 @@
-"""Run with TRITON_INTERPRET=1: the Triton kernels, interpreted on a CPU, against the float64 definitions."""
+"""Run with TRITON_INTERPRET=1: the Triton kernels, interpreted on a CPU, against the float64
+definitions."""
 import torch
 
 from sprout_lab.kernels import scan
@@ -33,15 +34,18 @@ def check_scan(f, i, h0, reset):
 
 torch.manual_seed(0)
 for T, D in ((1, 1), (2, 5), (7, 48)):
-    f, i, h0, reset = torch.rand(2, T, D), torch.randn(2, T, D), torch.randn(2, D), torch.rand(2, T) < 0.3
+    f, i, h0, reset = torch.rand(2, T, D), torch.randn(2, T,
+                                                       D), torch.randn(2, D), torch.rand(2, T) < 0.3
     f[:, :, :1], f[:, :, -1:] = 0, 1
     gain, weight = torch.rand(D) + 0.5, torch.randn(3, D)
     check_scan(f, i, h0, reset)
     check(lambda g, h, w, backend: (norm_gate(g, h, w, 1e-2, backend),), (f + 0.1, i, gain))
     check(lambda x, backend: (silu_gate(x, backend),), (torch.cat((f, i), -1),))
-    check(lambda x, w, n, backend: (bit_linear(x, w, n, 1e-2, backend),), (i + 0.1, weight, gain), 5e-3)
+    check(lambda x, w, n, backend: (bit_linear(x, w, n, 1e-2, backend),), (i + 0.1, weight, gain),
+          5e-3)
 
-scan._chunking = lambda batch, length, width, device: (16, 3, -(-length // 3))   # chunks of three steps
+# chunks of three steps
+scan._chunking = lambda batch, length, width, device: (16, 3, -(-length // 3))
 for T in (2, 3, 7):
     f, i, h0 = torch.rand(2, T, 20), torch.randn(2, T, 20), torch.randn(2, 20)
     f[0, :, :1], f[0, :, -1:] = 0, 1

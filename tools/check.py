@@ -54,7 +54,8 @@ if __name__ == "__main__":
     run("Colab notebooks are in step with the register", sys.executable, "tools/colab.py",
         "--check")
     names = "F401,F811,F821,F822"
-    run("no undefined and no unused names", "ruff", "check", "--quiet", "--select", names, "sprout_lab", "tools", "tests", "studies")
+    run("no undefined and no unused names", "ruff", "check", "--quiet", "--select", names,
+        "sprout_lab", "tools", "tests", "studies")
     run("a page can be read", sys.executable, "tools/measure.py")
     run("notebooks", "nbdev-test", "--n-workers", "1", "--skip-folder-re", "^guides$")
     run("tests", sys.executable, "-m", "pytest", *sys.argv[1:])

@@ -340,7 +340,8 @@ def finish(site: Path) -> None:
                          flags=re.DOTALL)
     def mathml(found):
         tex = html.unescape(found[2]).strip()
-        for name in ("max", "min"): tex = tex.replace(rf"\arg\{name}", rf"\operatorname{{arg{name}}}")
+        for name in ("max", "min"):
+            tex = tex.replace(rf"\arg\{name}", rf"\operatorname{{arg{name}}}")
         if found[1] == "span": return convert(tex, display="inline")
         # signs in its longest line: a wide formula is set smaller, so that it is seen whole
         wide = max(len(re.sub(r"\\[a-z]+", "x", line)) for line in tex.split(r"\\"))

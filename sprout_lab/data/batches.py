@@ -113,7 +113,8 @@ class Windows:
     are padded with -100, and that batch carries an `attention_mask`. With `max_batches`, as many
     batches of whole windows, spread evenly over the stream, the same ones every time."""
 
-    def __init__(self, tokens, sequence_length: int, batch_size: int, max_batches: int | None = None):
+    def __init__(self, tokens, sequence_length: int, batch_size: int,
+                 max_batches: int | None = None):
         if len(tokens) < 2:
             problem = f"the held-out data has {len(tokens)} tokens, and at least 2 are needed"
             raise ConfigError(f"{problem}; use more data or a larger val_fraction")

@@ -220,7 +220,8 @@ def row_text(row, column: str, where: str) -> str:
     if text is None: return ""
     if not isinstance(text, str):
         kind = type(text).__name__
-        raise ConfigError(f"{where}: the column {column!r} holds a {kind}, not text; set text_column")
+        raise ConfigError(f"{where}: the column {column!r} holds a {kind}, not text; set "
+                          f"text_column")
     try: text.encode()
     except UnicodeEncodeError as error:
         half = f"U+{ord(text[error.start]):04X}, half of a pair, which has no UTF-8 form"
@@ -446,15 +447,18 @@ class TableSource:
     def documents(self) -> Iterator[Document]:
         "Its `Document`s, one for each row that is not empty."
         if is_special_file(self.path): raise special_file_error(self.path)
-        texts = _column_texts(str(self.path), call_datasets(str(self.path), self._load), self.column)
+        texts = _column_texts(str(self.path), call_datasets(str(self.path), self._load),
+                              self.column)
         yield from (Document.from_text(text) for text in texts if text)
 
     def _load(self, datasets):
         ending, options = _ending(self.path), {}
         if TABLES[ending] == "csv":
-            options = dict(sep="\t" if ending == ".tsv" else ",", na_filter=False, converters={self.column: str})
+            options = dict(sep="\t" if ending == ".tsv" else ",", na_filter=False,
+                           converters={self.column: str})
         file = glob.escape(str(self.path))
-        return datasets.load_dataset(TABLES[ending], data_files=file, split="train", streaming=True, **options)
+        return datasets.load_dataset(TABLES[ending], data_files=file, split="train", streaming=True,
+                                     **options)
 
 # %% ../../nbs/data/corpora.ipynb #7e933241
 def _is_saved_dataset(name: str) -> bool:   # by `save_to_disk`
@@ -572,14 +576,16 @@ class Corpus:
         return ("train", "validation") if "all" in self.sources else tuple(self.sources)
 
     def fingerprint(self) -> str:
-        contents = {split: [s.fingerprint() for s in those] for split, those in self.sources.items()}
+        contents = {split: [s.fingerprint() for s in those] for split,
+                    those in self.sources.items()}
         rules = [self.max_samples, contents]
         if "all" in self.sources: rules += [self.val_fraction, self.split_seed]
         return hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()
 
     def split_documents(self, split: str = "train") -> Iterator[Document]:
         "The `Document`s of one split."
-        if split not in self.splits: raise unknown_split_error("split", split, self.name, self.splits)
+        if split not in self.splits:
+            raise unknown_split_error("split", split, self.name, self.splits)
         if "all" not in self.sources:
             yield from self._documents(split)
             return
@@ -764,7 +770,8 @@ def data_folder() -> Path | None:
 def _corpus_in_folder(name: str, card: CorpusCard, root: Path, **settings) -> Corpus:
     "A named corpus whose files lie in a folder."
     facts = dict(title=card.title, licence=card.licence, provenance=card.provenance, **settings)
-    if card.files[0][0] == "bytes":   # enwik8: the last and the last but one twentieth test and validate
+    # enwik8: the last and the last but one twentieth test and validate
+    if card.files[0][0] == "bytes":
         path = root / card.files[0][1]
         first, second = (character_start(path, position) for position in (90_000_000, 95_000_000))
         parts = {"train": (0, first), "validation": (first, second), "test": (second, None)}
@@ -779,7 +786,8 @@ def hub_corpus(name: str, config: str | None = None, split: str = "train", colum
     """A hub data set (or a local folder in the hub's forms) as a corpus; its own validation and
     test splits are kept. `card`: what is known of it, and how its rows become documents."""
     known = hub_splits(name, config)
-    if split.split("[")[0] not in known: raise unknown_split_error("dataset_split", split, name, known)
+    if split.split("[")[0] not in known:
+        raise unknown_split_error("dataset_split", split, name, known)
     card = card or CorpusCard(name, "", "", "hub")
     make = lambda s: [HubSource(name, config, s, column, streaming and "[" not in s, card.divide)]
     sources = {"all": make(split)}
@@ -831,14 +839,16 @@ def _unknown_corpus_error(name: str) -> ConfigError:
 
 # %% ../../nbs/data/corpora.ipynb #55eb6682
 def load_corpus(name, config: str | None = None, split: str = "train", column: str = "text",
-                val_fraction: float = 0.1, split_seed: int = 0, max_samples: int | None = None) -> Corpus:
+                val_fraction: float = 0.1, split_seed: int = 0,
+                max_samples: int | None = None) -> Corpus:
     """A corpus by its name, a file, a folder (of texts, or in the hub's forms), or a hub data
     set. `split`: the one of a folder or a hub data set to train on. Raises one-line
     `ConfigError`s for a name that is none of these, a path that does not exist, and a data set
     that needs the network when there is none."""
     settings = dict(val_fraction=val_fraction, split_seed=split_seed, max_samples=max_samples)
     text, path = str(name), as_path(name)
-    if not text.strip(): raise ConfigError(f"dataset_name is empty; choose from {', '.join(corpora)}")
+    if not text.strip():
+        raise ConfigError(f"dataset_name is empty; choose from {', '.join(corpora)}")
     if text in corpora: return _named_corpus(text, config, split, column, settings)
     if exists(path) and path.is_dir() and is_hub_folder(path):
         return hub_corpus(str(path), config, split, column, **settings)

@@ -58,7 +58,8 @@ class TextDirectoryDataset(TokenSequences):
     what `load_tokenizer` takes. Raises `ConfigError` for a missing folder and one without
     text."""
 
-    def __init__(self, directory, max_seq_length: int = 512, tokenizer="byte", text_column: str = "text"):
+    def __init__(self, directory, max_seq_length: int = 512, tokenizer="byte",
+                 text_column: str = "text"):
         directory = Path(directory).expanduser()
         if not exists(directory): raise missing_path_error(directory)
         if is_special_file(directory): raise special_file_error(directory)
@@ -114,7 +115,8 @@ class DatasetConfig(Settings):
             if self.split not in whole.splits:
                 raise unknown_split_error("split", self.split, self.dataset_name, whole.splits)
             sources = [SplitSource(whole, self.split)]
-        return Corpus(whole.name, {"train": sources}, title=whole.title, max_samples=self.max_samples)
+        return Corpus(whole.name, {"train": sources}, title=whole.title,
+                      max_samples=self.max_samples)
 
 # %% ../../nbs/data/datasets.ipynb #688521a3
 class HuggingFaceStream(IterableDataset):
@@ -177,7 +179,8 @@ def _token_rows(tokens, length: int | None, sequences: int | None) -> list[tuple
 def print_dataset_stats(dataset) -> None:
     """Print what a data set holds: documents, bytes, tokens, sequences. For `TokenSequences`, a
     stream, or the trainer's `TrainingData` (its training part)."""
-    tokenizer, length = getattr(dataset, "tokenizer", None), getattr(dataset, "max_seq_length", None)
+    tokenizer, length = getattr(dataset, "tokenizer", None), getattr(dataset, "max_seq_length",
+                                                                     None)
     if isinstance(dataset, IterableDataset):
         rows = [("Number of original samples", "streamed, not counted")]
     elif isinstance(dataset, TrainingData): rows = _token_rows(dataset.train, None, None)

@@ -15,7 +15,7 @@ from ..configs import ConfigError
 from .batches import Batches, Windows
 from .tokenizers import ByteTokenizer
 
-# %% ../../nbs/data/masking.ipynb #b5f1e64d
+# %% ../../nbs/data/masking.ipynb #f5e328c4
 class MaskingRules:
     """What a tokenizer's masks need to know: `mask_id`, `pad_id`, `special` (bool [vocab], never
     masked), `ordinary` (ids that a random replacement is drawn from), and for whole words
@@ -52,8 +52,10 @@ def _joins_of_tokens(tokenizer) -> tuple[np.ndarray, np.ndarray]:
     else: left = [token[:1].isalnum() and token[:1] not in "Ġ▁" for token in tokens]
     return np.array(left), np.array([token[-1:].isalnum() for token in tokens])
 
+# %% ../../nbs/data/masking.ipynb #b5f1e64d
 def _no_mask(tokenizer) -> str:
-    return (f"{type(tokenizer).__name__} has no mask token, and a masked model needs one; prepare the text "
+    return (f"{type(tokenizer).__name__} has no mask token, and a masked model needs one; prepare "
+            f"the text "
             """with --tokenizer byte --vocab_size 259 (bytes and a mask) or with a WordPiece, or
             train the"""
             "causal objective")

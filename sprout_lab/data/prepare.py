@@ -30,7 +30,8 @@ from sprout_lab.data.corpora import (
     local_corpus, missing_path_error, read_text, scan, special_file_error, text_files,
     unreadable_error)
 from .tokenizers import (
-    TRAINED, Tokenizer, cut_point, document_end, encode_array, fingerprint, keeps_text, load_tokenizer,
+    TRAINED, Tokenizer, cut_point, document_end, encode_array, fingerprint, keeps_text,
+    load_tokenizer,
     process_map, resolve_tokenizer, save_tokenizer, token_bytes)
 from .tokens import MAGIC, TokenFile, TokenWriter, token_dtype
 from ..progress import Progress
@@ -112,7 +113,8 @@ def _disk_error(error: OSError, path) -> ConfigError:
     return ConfigError(f"{path}: cannot be written ({error.strerror or error}); {instead}")
 
 # %% ../../nbs/data/prepare.ipynb #c495976f
-_STATS = {"key": str, "name": str, "title": str, "tokenizer": str, "vocab_size": int, "splits": dict}
+_STATS = {"key": str, "name": str, "title": str, "tokenizer": str, "vocab_size": int,
+          "splits": dict}
 _SPLIT_STATS = {"num_documents": int, "num_bytes": int, "num_tokens": int,
                 "bytes_per_token": float | None, "used_tokens": int,
                 "entropy_bits_per_token": float, "most_frequent": list}
@@ -181,14 +183,15 @@ class _Journal:
         _write_json(self.folder / "journal.json", self.content)
         self.saved = time.monotonic()
 
-# %% ../../nbs/data/prepare.ipynb #abb51c4d
+# %% ../../nbs/data/prepare.ipynb #b1abbc51
 class _Preparation:
     "The tokenizing and writing of a corpus, from where its journal says."
 
     def __init__(self, corpus: Corpus, tokenizer, journal: _Journal, num_workers: int, progress):
         self.corpus, self.tokenizer, self.journal = corpus, tokenizer, journal
         self.num_workers, self.progress = num_workers, progress
-        self.done, self.total = journal.check_files(corpus.splits, len(tokenizer)), _known_bytes(corpus)
+        self.done, self.total = journal.check_files(corpus.splits,
+                                                    len(tokenizer)), _known_bytes(corpus)
 
     def stream(self) -> Iterator[tuple]:
         "What is left to do: ((split, bytes of text), block)."
@@ -203,13 +206,15 @@ class _Preparation:
         results = encoded(self.stream(), self.tokenizer, self.num_workers)
         waiting = next(results, None)
         for split in self.corpus.splits:
-            if not self.journal.facts(split)["finished"]: waiting = self.write_split(split, waiting, results)
+            if not self.journal.facts(split)["finished"]:
+                waiting = self.write_split(split, waiting, results)
 
     def write_split(self, split: str, waiting, results: Iterator):
         """Write one split's file from the result that waits and those that follow; returns the
         first of the next split."""
         facts, folder = self.journal.facts(split), self.journal.folder
-        writer = TokenWriter(folder / f"{split}.bin", len(self.tokenizer), fingerprint(self.tokenizer),
+        writer = TokenWriter(folder / f"{split}.bin", len(self.tokenizer),
+                             fingerprint(self.tokenizer),
                              name=f"{self.corpus.name} {split}", resume=facts["state"],
                              part_path=folder / f"{split}.part")
         try:
@@ -227,6 +232,7 @@ class _Preparation:
         self.journal.finish(split)
         return waiting
 
+# %% ../../nbs/data/prepare.ipynb #abb51c4d
 def _known_bytes(corpus: Corpus) -> int | None:
     "The bytes of a corpus of text files; None where they are not known before it is read."
     if corpus.max_samples is not None: return None
@@ -284,7 +290,8 @@ def _occupied(output: Path, stats: dict, key: str, request: dict, names: list[st
         before = stats.get("asked") if isinstance(stats.get("asked"), dict) else {}
         changed = [f"{name} was {before[name]} and is {value}" for name, value in request.items()
                    if name in before and before[name] != value]
-        how = ", ".join(changed) or ("the text has changed since" if before else "with other settings")
+        how = ", ".join(changed) or ("the text has changed since" if before
+                                     else "with other settings")
         return f"holds {stats.get('title') or stats.get('name') or 'data'}, prepared otherwise ({how})"
     foreign = next((name for name in ("stats.json", *names) if (output / name).exists()), None)
     if foreign is None: return None
@@ -292,7 +299,8 @@ def _occupied(output: Path, stats: dict, key: str, request: dict, names: list[st
     return f"holds a {foreign} that this preparation did not write{damaged}"
 
 # %% ../../nbs/data/prepare.ipynb #ecae778e
-def _prepared_tokenizer(work: Path, journal: dict, corpus: Corpus, tokenizer, vocab_size: int | None):
+def _prepared_tokenizer(work: Path, journal: dict, corpus: Corpus, tokenizer,
+                        vocab_size: int | None):
     """The tokenizer of a preparation: the one that it has saved, else `tokenizer`, trained where
     that is a name, and saved now."""
     if (work / "tokenizer").exists(): return load_tokenizer(work / "tokenizer")
@@ -352,7 +360,8 @@ def _prepare(corpus: Corpus, output: Path, key: str, tokenizer, vocab_size, form
              "licence": corpus.licence, "provenance": corpus.provenance, "format": format,
              "tokenizer": type(tokenizer).__name__, "vocab_size": len(tokenizer),
              "fingerprint": fingerprint(tokenizer),
-             "splits": {split: _statistics(tokens, tokenizer) for split, tokens in finished.items()}}
+             "splits": {split: _statistics(tokens, tokenizer) for split,
+                        tokens in finished.items()}}
     files = {split: work / f"{split}{FORMATS[format]}" for split in corpus.splits}
     if format != "bin":
         for split, path in files.items(): _convert(finished[split], path, format)
@@ -550,7 +559,8 @@ class PrepareConfig(Settings):
     "What a preparation is asked for: which text, by which tokenizer, held out how, and where to."
     aliases: ClassVar = {"dataset_name": "dataset", "output_dir": "output"}   # the guides' names
 
-    input: Annotated[str | None, setting("Text to prepare: a file, or a folder of text files.")] = None
+    input: Annotated[str | None,
+                     setting("Text to prepare: a file, or a folder of text files.")] = None
     dataset: Annotated[str | None, setting(
         "Instead of input: an embedded corpus, or a data set's name on the hub.")] = None
     dataset_config: Annotated[str | None, setting("Configuration of a hub data set.")] = None
@@ -577,7 +587,8 @@ class PrepareConfig(Settings):
     num_workers: Annotated[int | None, setting(
         "Processes that tokenize; none: all cores for texts above 32 MB. "
         "The result does not depend on it.", ge=0, le=256)] = None
-    create_stats: Annotated[bool, setting("Show more of the statistics that stats.json holds.")] = False
+    create_stats: Annotated[bool,
+                            setting("Show more of the statistics that stats.json holds.")] = False
     overwrite: Annotated[bool, setting(
         "Replace what a preparation with other settings left in the folder.")] = False
 
@@ -608,7 +619,8 @@ def _input_corpus(path: Path, settings: dict) -> Corpus:
 
 def _default_workers(corpus: Corpus) -> int:
     "All cores for a text above 32 MB, else this process alone."
-    paths = [getattr(source, "path", None) for sources in corpus.sources.values() for source in sources]
+    paths = [getattr(source, "path", None) for sources in corpus.sources.values()
+             for source in sources]
     large = sum(path.stat().st_size for path in paths if path) > 1 << 25
     return (os.cpu_count() or 1) if large else 0
 
@@ -667,7 +679,8 @@ def open_prepared(folder, tokenizer=None) -> TrainingData:
     folder = as_path(folder)
     if (folder / ".prepare" / "journal.json").exists() and not (folder / "stats.json").exists():
         problem = "its preparation was interrupted"
-        raise ConfigError(f"{folder}: {problem}; run the same `sprout-lab prepare` again, it continues")
+        raise ConfigError(f"{folder}: {problem}; run the same `sprout-lab prepare` again, it "
+                          f"continues")
     for name in ("train", "val"):
         if (folder / f"{name}.bin").exists(): continue
         other = next((f for f in FORMATS.values() if (folder / name).with_suffix(f).exists()), None)
@@ -712,7 +725,8 @@ def prepare_cached(corpus: Corpus, tokenizer="byte", vocab_size: int | None = No
         prepare(corpus, folder, tokenizer, **options)
     return folder
 
-def _prepare_and_open(corpus: Corpus, tokenizer, config: DataConfig, progress: bool) -> TrainingData:
+def _prepare_and_open(corpus: Corpus, tokenizer, config: DataConfig,
+                      progress: bool) -> TrainingData:
     "A corpus as training data, by `tokenizer` or, where that is None, the configured one."
     if tokenizer is None: tokenizer = config.tokenizer
     folder = prepare_cached(corpus, tokenizer, config.vocab_size, config.num_workers, progress)
@@ -777,7 +791,8 @@ def _ids_tokenizer(config: DataConfig, path: Path):
 def _file_sources(path: Path, column: str) -> list:
     return [file_source(file, column) for file in (text_files(path) if path.is_dir() else [path])]
 
-def _text_file_data(paths: dict[str, Path], config: DataConfig, tokenizer, progress) -> TrainingData:
+def _text_file_data(paths: dict[str, Path], config: DataConfig, tokenizer,
+                    progress) -> TrainingData:
     "Training data from text: files, tables or folders."
     if "validation" not in paths:
         corpus = local_corpus(paths["train"], config.text_column, val_fraction=config.val_fraction,
@@ -788,7 +803,8 @@ def _text_file_data(paths: dict[str, Path], config: DataConfig, tokenizer, progr
     return _prepare_and_open(corpus, tokenizer, config, progress)
 
 # %% ../../nbs/data/prepare.ipynb #0a9f23b7
-def _ids_file_data(paths: dict[str, Path], kinds: dict[str, str], config, tokenizer) -> TrainingData:
+def _ids_file_data(paths: dict[str, Path], kinds: dict[str, str], config,
+                   tokenizer) -> TrainingData:
     "Training data from token ids: token files, .npy, or ids as text."
     if tokenizer is None: tokenizer = _ids_tokenizer(config, paths["train"])
     def open_part(name: str, split: str, begin: float = 0, end: float = 1) -> TokenFile:
@@ -863,7 +879,8 @@ def _check_sizes(data: TrainingData, config: DataConfig) -> None:
         raise ConfigError(f"{config.val_data_path}: {problem}; {instead}")
 
 # %% ../../nbs/data/prepare.ipynb #31c591e8
-def load_data(config: DataConfig | None = None, tokenizer=None, progress: bool = False) -> TrainingData:
+def load_data(config: DataConfig | None = None, tokenizer=None,
+              progress: bool = False) -> TrainingData:
     """The training and validation data of a configuration, prepared and cached where needed.
     `tokenizer` overrides the configured one (a checkpoint's own). Raises one-line `ConfigError`s
     for whatever is wrong with paths, files, names and sizes."""

@@ -58,7 +58,8 @@ def _with_offsets(encoded, return_tensors) -> BatchEncoding:
     rows = facts["input_ids"] if batched else [facts["input_ids"]]
     spans = [[getattr(i, "span", (0, 0)) for i in row] for row in rows]
     plain = [[int(i) for i in row] for row in rows]
-    facts["input_ids"], facts["offset_mapping"] = (plain, spans) if batched else (plain[0], spans[0])
+    facts["input_ids"], facts["offset_mapping"] = (plain, spans) if batched else (plain[0],
+                                                                                  spans[0])
     if return_tensors:   # which cannot hold rows of unequal length
         for name in ("overflowing_tokens", "num_truncated_tokens"): facts.pop(name, None)
     return BatchEncoding(facts, tensor_type=return_tensors, prepend_batch_axis=not batched)
@@ -136,8 +137,10 @@ class ByteTokenizer(OffsetTokenizer):
 
     def __init__(self, masked: bool = False, **kwargs):
         self.masked = masked
-        self._added_tokens_decoder = _special(_BYTE_TOKENS | _MASKED_TOKENS if masked else _BYTE_TOKENS)
-        own = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>" if masked else "<eos>"}
+        self._added_tokens_decoder = _special(_BYTE_TOKENS | _MASKED_TOKENS if masked
+                                              else _BYTE_TOKENS)
+        own = {"bos_token": "<bos>", "eos_token": "<eos>",
+               "pad_token": "<pad>" if masked else "<eos>"}
         if masked: own |= {"mask_token": "<mask>", "unk_token": "<unk>"}
         kwargs = {k: v for k, v in kwargs.items() if k != "added_tokens_decoder"} | own
         kwargs.setdefault("split_special_tokens", not masked)
@@ -295,7 +298,8 @@ def last_boundary(text: str, special_tokens: Iterable[str] = ()) -> int:
         # a special token with such a place in it must not be cut there
         risky = [t for t in special_tokens if regex.search(kind, t)]
         longest = max(map(len, risky), default=0)
-        for match in regex.finditer("(?r)" + kind, text, pos=low, endpos=max(len(text) - longest, low)):
+        for match in regex.finditer("(?r)" + kind, text, pos=low,
+                                    endpos=max(len(text) - longest, low)):
             place = match.start()
             # newer than these tables
             if any(unicodedata.category(c) == "Cn" for c in text[place - 1:place + 1]): continue
@@ -345,7 +349,8 @@ def _unnamed_main():
         main.__spec__ = spec
         if hidden: main.__file__ = file
 
-def process_map(function, items: Iterable, num_workers: int, initializer=None, arguments=()) -> Iterator:
+def process_map(function, items: Iterable, num_workers: int, initializer=None,
+                arguments=()) -> Iterator:
     """`function(item)` for each item, in order, by `num_workers` processes;
     `initializer(*arguments)` runs first in each. A process that dies is a one-line
     `ConfigError`."""
@@ -359,7 +364,8 @@ def process_map(function, items: Iterable, num_workers: int, initializer=None, a
         while waiting: yield waiting.popleft().result()
     except BrokenProcessPool:
         problem = "a working process died (out of memory?)"
-        raise ConfigError(f"num_workers={num_workers}: {problem}; run the same again with fewer") from None
+        raise ConfigError(f"num_workers={num_workers}: {problem}; run the same again with "
+                          f"fewer") from None
     finally: pool.shutdown(wait=True, cancel_futures=True)
 
 # %% ../../nbs/data/tokenizers.ipynb #f4b99012
@@ -485,7 +491,8 @@ def train_bpe(input_path, vocab_size: int, special_tokens: Iterable[str] = (),
         large = exists(input_path) and os.path.getsize(input_path) > 1 << 26
         if num_workers is None: num_workers = (os.cpu_count() or 1) if large else 0
     else: documents = ((text,) for text in input_path)
-    merges = learn_merges(count_pretokens(documents, special_tokens, num_workers or 0), vocab_size - least)
+    merges = learn_merges(count_pretokens(documents, special_tokens, num_workers or 0),
+                          vocab_size - least)
     special, single = [t.encode() for t in special_tokens], [bytes([b]) for b in range(256)]
     return dict(enumerate(special + single + [a + b for a, b in merges])), merges
 
@@ -653,13 +660,15 @@ class BPEVocabulary:
         rules = ["byte-level bpe, gpt-2", vocab, merges, sorted(self.special_tokens.items())]
         return hashlib.sha256(json.dumps(rules).encode()).hexdigest()
 
-# %% ../../nbs/data/tokenizers.ipynb #681abb11
+# %% ../../nbs/data/tokenizers.ipynb #de2f9744
 def _text_ids(vocab: dict[int, bytes], special_ids: set[int]) -> dict[bytes, int]:
     """The id of each byte string as text: the lowest, and one that is not special where there is
     one."""
     ids = {token: i for i, token in sorted(vocab.items(), reverse=True)}
-    return ids | {token: i for i, token in sorted(vocab.items(), reverse=True) if i not in special_ids}
+    return ids | {token: i for i,
+                  token in sorted(vocab.items(), reverse=True) if i not in special_ids}
 
+# %% ../../nbs/data/tokenizers.ipynb #681abb11
 class BPEEncoder(BPEVocabulary):
     "A `BPEVocabulary` that encodes: GPT-2's pre-tokenization, then merges. Arguments as there."
 
@@ -682,7 +691,8 @@ class BPEEncoder(BPEVocabulary):
     def encode_array(self, text: str) -> np.ndarray:
         "The ids of `text`, int64 [tokens]; special tokens in it become their ids."
         _utf8(text)   # refuses what has no UTF-8 form
-        if not any(token in text for token in self.special_tokens): return self._encode_ordinary(text)
+        if not any(token in text for token in self.special_tokens):
+            return self._encode_ordinary(text)
         ids, parts = [], self._special.split(text)   # text, special token, text, ...
         for part, special in zip_longest(parts[::2], parts[1::2]):
             ids.append(self._encode_ordinary(part))
@@ -720,7 +730,8 @@ def _read_bpe_files(vocab_path, merges_path, special_tokens) -> tuple[dict, list
     merges = [tuple(_unshow(t) for t in line.split(" ")) for line in lines]
     if special_tokens is None:
         made = {bytes([b]) for b in range(256)} | {a + b for a, b in merges}
-        special_tokens = [t.decode() for _, t in sorted(vocab.items()) if t not in made and _is_utf8(t)]
+        special_tokens = [t.decode() for _,
+                          t in sorted(vocab.items()) if t not in made and _is_utf8(t)]
     return vocab, merges, special_tokens
 
 # %% ../../nbs/data/tokenizers.ipynb #e41fa1de
@@ -765,7 +776,8 @@ def _to_hf(tokenizer: BPEEncoder) -> PreTrainedTokenizerFast:
     backend.add_special_tokens([added(name) for name in names])
     eos = tokenizer.eos_token
     end = {"eos_token": eos, "pad_token": eos} if eos else {}
-    return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **end)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False,
+                                   **end)
 
 # %% ../../nbs/data/tokenizers.ipynb #d4c406a8
 class Tokenizer(BPEEncoder):
@@ -815,7 +827,8 @@ class Tokenizer(BPEEncoder):
 WORDPIECE_SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]",
                      "sep_token": "[SEP]", "mask_token": "[MASK]"}
 
-def train_wordpiece(texts, vocab_size: int = 2000, lowercase: bool = True) -> PreTrainedTokenizerFast:
+def train_wordpiece(texts, vocab_size: int = 2000,
+                    lowercase: bool = True) -> PreTrainedTokenizerFast:
     """Train a WordPiece vocabulary of at most `vocab_size` tokens, the five special ones among
     them, on an iterable of texts."""
     if vocab_size < 10:
@@ -884,7 +897,8 @@ class SentencePieceTokenizer(PreTrainedTokenizer):
 
     def _decode(self, token_ids, skip_special_tokens=False, **kwargs) -> str:
         hidden = set(self.all_special_ids) if skip_special_tokens else ()
-        return self.model.decode([i for i in _as_ids(token_ids, self.vocab_size) if i not in hidden])
+        return self.model.decode([i
+                                  for i in _as_ids(token_ids, self.vocab_size) if i not in hidden])
 
     def fingerprint(self) -> str:
         "SHA-256 over the model's file."
@@ -916,7 +930,8 @@ def _llama2c_pieces(path) -> tuple[list[str], list[float]]:
         raise ConfigError(f"{path}: is not a llama2.c tokenizer.bin") from None
     return ["<unk>", "<s>", "</s>", *_LLAMA_BYTES, *pieces[259:]], scores
 
-def _merges_by_score(pieces: list[str], scores: list[float], ids: dict[str, int]) -> list[tuple[str, str]]:
+def _merges_by_score(pieces: list[str], scores: list[float],
+                     ids: dict[str, int]) -> list[tuple[str, str]]:
     "All ways to join two pieces to a third, the best score first."
     ways = []
     for i, piece in enumerate(pieces[259:], 259):
@@ -932,7 +947,8 @@ def read_llama2c_tokenizer(path) -> PreTrainedTokenizerFast:
     ids = {piece: i for i, piece in reversed(list(enumerate(pieces)))}
     merges = _merges_by_score(pieces, scores, ids)
     models, decoders, processors = hf_tokenizers.models, hf_tokenizers.decoders, hf_tokenizers.processors
-    model = models.BPE(vocab=ids, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    model = models.BPE(vocab=ids, merges=merges, unk_token="<unk>", fuse_unk=True,
+                       byte_fallback=True)
     backend = hf_tokenizers.Tokenizer(model)
     backend.normalizer = hf_tokenizers.normalizers.Prepend(" ")
     steps = [decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
@@ -1002,7 +1018,8 @@ def token_bytes(tokenizer) -> np.ndarray | None:
     if isinstance(tokenizer, ByteTokenizer):
         return np.r_[np.ones(254, np.int64), np.zeros(len(tokenizer) - 254, np.int64)]
     if isinstance(tokenizer, CharTokenizer):
-        return np.array([len(c.encode()) for c in tokenizer.characters] + [0] * tokenizer.eos, np.int64)
+        return np.array([len(c.encode()) for c in tokenizer.characters] + [0] * tokenizer.eos,
+                        np.int64)
     return None
 
 def keeps_text(tokenizer) -> bool:
@@ -1051,19 +1068,24 @@ def _training_texts(corpus) -> Iterator[str]:
 def _train_tokenizer(kind: str, corpus, vocab_size: int | None):
     "A tokenizer of one of the kinds in `TRAINED`, made from a corpus."
     if corpus is None:
-        raise ConfigError(f"tokenizer={kind}: its vocabulary is made from a corpus, and none is given")
+        raise ConfigError(f"tokenizer={kind}: its vocabulary is made from a corpus, and none is "
+                          f"given")
     if kind == "char":
         if not isinstance(corpus, Corpus):
             return CharTokenizer.from_text(_training_texts(corpus), vocab_size)
         texts = (text for split in corpus.splits for text, _ in corpus.pieces(split))
-        return CharTokenizer.from_text(texts, vocab_size, eos=next(corpus.split_documents("train")).whole)
+        return CharTokenizer.from_text(texts, vocab_size,
+                                       eos=next(corpus.split_documents("train")).whole)
     if vocab_size is None:
-        raise ConfigError(f"tokenizer={kind}: set vocab_size, the number of tokens to learn, such as 1024")
+        raise ConfigError(f"tokenizer={kind}: set vocab_size, the number of tokens to learn, such "
+                          f"as 1024")
     if kind == "wordpiece": return train_wordpiece(_training_texts(corpus), vocab_size)
-    tokenizer = Tokenizer(*train_bpe(_training_texts(corpus), vocab_size, [END_OF_TEXT]), [END_OF_TEXT])
+    tokenizer = Tokenizer(*train_bpe(_training_texts(corpus), vocab_size, [END_OF_TEXT]),
+                          [END_OF_TEXT])
     if len(tokenizer) < vocab_size:
         has = f"the text has pairs for {len(tokenizer.merges)} merges"
-        logger.warning(f"vocab_size={vocab_size}: {has}, so the tokenizer has {len(tokenizer)} tokens")
+        logger.warning(f"vocab_size={vocab_size}: {has}, so the tokenizer has {len(tokenizer)} "
+                       f"tokens")
     return tokenizer
 
 # %% ../../nbs/data/tokenizers.ipynb #644eb579
@@ -1104,7 +1126,8 @@ def _load_file(path: Path):
     if path.name == "tokenizer.json":
         return _from_transformers(path.parent, f"{path}: cannot be loaded")
     known = "tokenizer.json, vocab.json (with merges.txt), vocab.txt, a SentencePiece .model"
-    raise ConfigError(f"{path}: is no tokenizer file; {known} or llama2.c's tokenizer.bin is needed")
+    raise ConfigError(f"{path}: is no tokenizer file; {known} or llama2.c's tokenizer.bin is "
+                      f"needed")
 
 # %% ../../nbs/data/tokenizers.ipynb #5b28f6ce
 _WORDS = ("auto", "byte", "char", "bpe", "wordpiece", "gpt2", "bert-base-uncased")
@@ -1116,7 +1139,8 @@ def _load_hub(name: str):
     if name not in _WORDS and nearest(name, _WORDS) or not is_hub_name(name):
         raise ConfigError(unknown + nearest(name, _WORDS))
     offline = ""
-    if name == "gpt2": offline = "; gpt2 is also read from $SPROUT_LAB_DATA/gpt2 (encoder.json, vocab.bpe)"
+    if name == "gpt2":
+        offline = "; gpt2 is also read from $SPROUT_LAB_DATA/gpt2 (encoder.json, vocab.bpe)"
     if not hub_reachable():
         problem = "needs the network, and the hub does not answer"
         instead = f"byte, char, bpe and wordpiece need none{offline}"
@@ -1128,13 +1152,15 @@ def _load_hub(name: str):
 def _load_named(name: str):
     "Somebody else's tokenizer: below SPROUT_LAB_DATA, a folder, a file, or on the hub."
     root, path = data_folder(), as_path(name)
-    if name in ("gpt2", "openai-community/gpt2") and root and (root / "gpt2" / "encoder.json").exists():
+    if name in ("gpt2",
+                "openai-community/gpt2") and root and (root / "gpt2" / "encoder.json").exists():
         return _load_folder(root / "gpt2")
     if name == "bert-base-uncased" and root and (root / name / "vocab.txt").exists():
         return _load_file(root / name / "vocab.txt")
     if not name.strip():
         problem = "tokenizer is empty"
-        raise ConfigError(f"{problem}; choose from {', '.join(_WORDS)}, a folder, a file or a hub name")
+        raise ConfigError(f"{problem}; choose from {', '.join(_WORDS)}, a folder, a file or a hub "
+                          f"name")
     if exists(path): return _load_folder(path) if path.is_dir() else _load_file(path)
     if name.startswith((".", "/", "~")): raise missing_path_error(path)
     return _load_hub(name)
@@ -1160,7 +1186,8 @@ def load_tokenizer(spec="auto", corpus=None, vocab_size: int | None = None):
     tokenizer = _load_named(kind)
     if vocab_size is None or vocab_size >= len(tokenizer): return tokenizer
     problem = f"the tokenizer {kind} has {len(tokenizer):,} tokens"
-    raise ConfigError(f"vocab_size={vocab_size}: {problem}; leave vocab_size out, or give at least that")
+    raise ConfigError(f"vocab_size={vocab_size}: {problem}; leave vocab_size out, or give at "
+                      f"least that")
 
 def save_tokenizer(tokenizer, folder) -> None:
     """Write a tokenizer into a folder that `load_tokenizer` and `AutoTokenizer.from_pretrained`

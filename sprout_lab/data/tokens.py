@@ -115,7 +115,8 @@ def _begin_part(path: Path):
     return file
 
 def _continue_part(path: Path, size: int):
-    "An unfinished file, cut back to `size` bytes: what was written after the remembered moment goes."
+    """An unfinished file, cut back to `size` bytes: what was written after the remembered moment
+    goes."""
     file = open(path, "r+b")
     if file.seek(0, os.SEEK_END) < size:
         problem = "is shorter than its journal says"
@@ -139,13 +140,17 @@ class TokenWriter:
             allowed = f"a token file holds ids of vocabularies from 1 to {2**32:,}"
             raise ConfigError(f"vocab_size={vocab_size}: {allowed}")
         self.path = Path(path)
-        self.part_path = Path(part_path or self.path.with_name(f".{self.path.name}.{os.getpid()}.part"))
+        self.part_path = Path(part_path
+                              or self.path.with_name(f".{self.path.name}.{os.getpid()}.part"))
         self.facts = dict(dtype=token_dtype(vocab_size), num_tokens=0, num_bytes=0, num_documents=0,
-                          vocab_size=int(vocab_size), fingerprint=fingerprint, checksum=0, name=name)
+                          vocab_size=int(vocab_size), fingerprint=fingerprint, checksum=0,
+                          name=name)
         self.dtype = np.dtype(self.facts["dtype"]).newbyteorder("<")
         self.facts |= resume or {}
         size = HEADER_BYTES + self.facts["num_tokens"] * self.dtype.itemsize
-        try: self.file = _continue_part(self.part_path, size) if resume else _begin_part(self.part_path)
+        try:
+            self.file = _continue_part(self.part_path,
+                                       size) if resume else _begin_part(self.part_path)
         except OSError as error: raise _disk_error(error, self.path) from None
 
 
@@ -279,7 +284,8 @@ class TokenFile:
 
     def __array__(self, dtype=None, copy=None):   # NumPy 1 does not pass `copy`
         ids = self.tokens if dtype is None else self.tokens.astype(dtype, copy=False)
-        if copy is False and ids is not self.tokens: raise ValueError("a copy is needed for this dtype")
+        if copy is False and ids is not self.tokens:
+            raise ValueError("a copy is needed for this dtype")
         return ids.copy() if copy and ids is self.tokens else ids
 
     def __reduce__(self):   # a worker maps the file again instead of copying it

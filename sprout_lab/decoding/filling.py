@@ -49,7 +49,8 @@ def _check_request(model, rules: MaskingRules, ids, temperature: float, alternat
                           "where a token is missing, as in 'To be, or [MASK]ot to be'")
     longest = getattr(model.config, "max_position_embeddings", None)
     if longest and len(ids) > longest:
-        raise ConfigError(f"the text has {len(ids)} tokens and the model sees {longest}; shorten it")
+        raise ConfigError(f"the text has {len(ids)} tokens and the model sees {longest}; shorten "
+                          f"it")
 
 def _pieces(tokenizer, ids: list[int], gaps: set[int]) -> list[tuple[str, bool]]:
     """Stretches of guessed and of given tokens; a character that spans two of them is decoded as

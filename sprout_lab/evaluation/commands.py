@@ -153,7 +153,8 @@ def compare_held_out(subject: Subject, evaluator: Evaluator, metrics: dict, othe
 def check_tasks(folder, objective: Objective) -> None:
     "lm_eval's tasks ask what comes next; a model of another kind is a `ConfigError`."
     if objective.continues_text: return
-    raise ConfigError(f"{folder}: is a {objective.name} model, and lm_eval's tasks ask what comes next; "
+    raise ConfigError(f"{folder}: is a {objective.name} model, and lm_eval's tasks ask what comes "
+                      f"next; "
                       "leave tasks out")
 
 def run_tasks(subject: Subject, evaluator: Evaluator, tasks: str, log: Callable) -> None:

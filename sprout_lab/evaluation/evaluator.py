@@ -122,7 +122,8 @@ def held_out_batches(model, tokenizer, data, config: EvaluationConfig) -> tuple:
     is_ids = hasattr(data, "dtype") and getattr(data, "ndim", 0) == 1
     objective, longer = objective_of(model), config.stride or config.stateful
     if not is_ids and not hasattr(data, "bytes_per_token"):
-        if longer: raise ConfigError("stride and stateful cut tokens into windows; these are batches")
+        if longer:
+            raise ConfigError("stride and stateful cut tokens into windows; these are batches")
         length = getattr(data, "sequence_length", None)
         return data, None if length is None else f"windows of {length} tokens"
     if longer: _check_context(model, objective, config)
@@ -147,12 +148,13 @@ def score(model, tokenizer, batches, config: EvaluationConfig, bytes_per_token: 
     if config.stateful: options["stateful"] = True
     return objective_of(model).evaluate(model, batches, bytes_per_token or known, **options)
 
-# %% ../../nbs/evaluation/evaluator.ipynb #ec749922
+# %% ../../nbs/evaluation/evaluator.ipynb #848cd9d1
 def metric_words(name: str, value) -> tuple[str, str]:
     "(title, value in words) of a metric; nothing where it was not measured."
     title, _, form = METRICS.get(name, (name.replace("_", " "), False, "{:.4f}"))
     return title, "" if value is None else form.format(value)
 
+# %% ../../nbs/evaluation/evaluator.ipynb #ec749922
 class Comparison(dict):
     """Metrics of several checkpoints: a dict name → metrics. `print` gives a table, a notebook
     shows one, `figure()` draws it. `objective`: of all of them, causal by default."""
@@ -244,7 +246,8 @@ def load_model(path):
     known to the Auto classes; importing `sprout_lab.families` makes all of ours known."""
     return load_pretrained(find_checkpoint(path))
 
-_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, ConfigError)
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError,
+               ConfigError)
 
 def checkpoint_objective(path) -> Objective | None:
     """The objective of a saved model, from its configuration alone; none where that cannot be
@@ -303,7 +306,8 @@ class Evaluator:
         return metrics
 
     def evaluate_generation(self, prompts: list[str] | str = "\n",
-                            config: SamplingConfig | None = None, generate=None, **settings) -> dict:
+                            config: SamplingConfig | None = None, generate=None,
+                            **settings) -> dict:
         """Let the model continue `prompts` and judge the texts: what `text_quality` measures, the
         settings, and the `samples`.
 

@@ -110,7 +110,8 @@ class HarnessModel(TemplateLM):
         super().__init__()
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
         self.generate = generate or generate_text
-        self.max_length = max_length or getattr(model.config, "max_position_embeddings", None) or 2048
+        self.max_length = max_length or getattr(model.config, "max_position_embeddings",
+                                                None) or 2048
         self.truncated = 0
 
     @property
@@ -135,7 +136,8 @@ class HarnessModel(TemplateLM):
 
     def _row(self, context, continuation) -> tuple[list[int], int]:
         "The ids of a context and its continuation, cut at the beginning where they are too many."
-        if len(continuation) > self.max_length: raise _too_long_error(len(continuation), self.max_length)
+        if len(continuation) > self.max_length:
+            raise _too_long_error(len(continuation), self.max_length)
         ids = (list(context) or [self.prefix_token_id]) + list(continuation)
         self.truncated += len(ids) > self.max_length + 1
         return ids[-(self.max_length + 1):], len(continuation)
@@ -311,12 +313,14 @@ def harness_table(results: dict) -> str:
             rows.append((task, name, f"{value:.4f}", error, str(metrics.get("samples", ""))))
     widths = [max(len(row[i]) for row in rows) for i in range(5)]
     align = lambda i, cell: cell.ljust(widths[i]) if i < 2 else cell.rjust(widths[i])
-    return "\n".join("  ".join(align(i, cell) for i, cell in enumerate(row)).rstrip() for row in rows)
+    return "\n".join("  ".join(align(i, cell) for i, cell in enumerate(row)).rstrip()
+                     for row in rows)
 
 # %% ../../nbs/evaluation/harness.ipynb #82080173
 def _misspell(piece: str, draw: random.Random) -> str:
     "A text with two neighbouring letters swapped."
-    places = [i for i in range(len(piece) - 1) if piece[i:i + 2].isalpha() and piece[i] != piece[i + 1]]
+    places = [i for i in range(len(piece) - 1) if piece[i:i + 2].isalpha()
+              and piece[i] != piece[i + 1]]
     i = draw.choice(places)
     return piece[:i] + piece[i + 1] + piece[i] + piece[i + 2:]
 

@@ -371,7 +371,7 @@ def mean_and_spread(values: list[float]) -> str:
     seeds = f"over {len(values)} seeds ({min(values):.4f} to {max(values):.4f})"
     return f"mean {mean:.4f} ± {spread:.4f} {seeds}"
 
-# %% ../../nbs/evaluation/transformer_benchmarks.ipynb #ac05f856
+# %% ../../nbs/evaluation/transformer_benchmarks.ipynb #49b52b10
 def quality_rows(sprints: list, fulls: list, peers: list, loss: float = 1.886) -> list[Row]:
     """The rows of a quality benchmark from the curves of its runs, one per seed. Where nanoGPT
     ends above `loss`, its whole time counts."""
@@ -397,6 +397,7 @@ def _time_row(sprints: list, peers: list, loss: float) -> Row:
         row.note += f", its whole run, which ended above {loss}"
     return row
 
+# %% ../../nbs/evaluation/transformer_benchmarks.ipynb #ac05f856
 def _loss_row(fulls: list, peers: list) -> Row:
     ends, spent = [curve[-1][2] for curve in fulls], [curve[-1][1] for curve in fulls]
     note = f"ours at its end, after {statistics.mean(spent):.0f} CPU s: {mean_and_spread(ends)}"

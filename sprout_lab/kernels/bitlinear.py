@@ -27,7 +27,8 @@ except ImportError:
     def jit(function): return function
 
 # %% ../../nbs/kernels/bitlinear.ipynb #48d585dd
-def bit_linear_reference(x: Tensor, weight: Tensor, norm_weight: Tensor, eps: float = 1e-8) -> Tensor:
+def bit_linear_reference(x: Tensor, weight: Tensor, norm_weight: Tensor,
+                         eps: float = 1e-8) -> Tensor:
     "The definition of `bit_linear`, with straight-through gradients by autograd."
     a = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * norm_weight
     s = 127 / a.abs().amax(-1, keepdim=True).clamp(min=1e-5)
@@ -116,9 +117,11 @@ _int = ctypes.c_int64
 
 def _quantize_rows_c(x, w, eps):
     library, (rows, width) = load_c(BITLINEAR_C, "bitlinear"), x.shape
-    codes, scale, rstd = torch.empty(rows, width, dtype=torch.int8), torch.empty(rows), torch.empty(rows)
+    codes, scale, rstd = torch.empty(rows, width,
+                                     dtype=torch.int8), torch.empty(rows), torch.empty(rows)
     tensors, eps = [pointer(t) for t in (x, w, codes, scale, rstd)], ctypes.c_float(eps)
-    def part(start, stop): library.quantize_rows(*tensors, eps, _int(width), _int(start), _int(stop))
+    def part(start, stop):
+        library.quantize_rows(*tensors, eps, _int(width), _int(start), _int(stop))
     split_rows(part, rows, x.numel())
     return codes, scale, rstd
 
@@ -203,11 +206,14 @@ def _norm_backward_triton(x, w, rstd, g, c):
     return dx, parts.sum(0)
 
 # %% ../../nbs/kernels/bitlinear.ipynb #59d53336
-_quantize_rows = {"c": _quantize_rows_c, "torch": _quantize_rows_torch, "triton": _quantize_rows_triton}
-_norm_backward = {"c": _norm_backward_c, "torch": _norm_backward_torch, "triton": _norm_backward_triton}
+_quantize_rows = {"c": _quantize_rows_c, "torch": _quantize_rows_torch,
+                  "triton": _quantize_rows_triton}
+_norm_backward = {"c": _norm_backward_c, "torch": _norm_backward_torch,
+                  "triton": _norm_backward_triton}
 
 @custom_op("quantize_rows")
-def _quantize_rows_op(x: Tensor, w: Tensor, eps: float, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+def _quantize_rows_op(x: Tensor, w: Tensor, eps: float, backend: str) -> tuple[Tensor, Tensor,
+                                                                               Tensor]:
     return _quantize_rows[backend](x, w, eps)
 
 @_quantize_rows_op.register_fake
@@ -225,7 +231,8 @@ def _(x, w, rstd, g, c, backend): return torch.empty_like(x), torch.empty_like(w
 @custom_op("quantize_weight")
 def _quantize_weight_c(weight: Tensor) -> tuple[Tensor, Tensor]:
     codes, scale = torch.empty(weight.shape, dtype=torch.int8), torch.empty(())
-    library, tensors = load_c(BITLINEAR_C, "bitlinear"), [pointer(t) for t in (weight, codes, scale)]
+    library, tensors = load_c(BITLINEAR_C,
+                              "bitlinear"), [pointer(t) for t in (weight, codes, scale)]
     library.quantize_weight(*tensors, _int(weight.numel()))
     return codes, scale
 
@@ -278,7 +285,8 @@ _ROWS = 256
 def _int_mm_gpu(codes: Tensor, weight_codes: Tensor) -> Tensor:
     "cuBLAS wants more than 16 rows and multiples of 8."
     rows, (outputs, inputs) = codes.shape[0], weight_codes.shape
-    if rows > 16 and inputs % 8 == 0 and outputs % 8 == 0: return torch._int_mm(codes, weight_codes.t())
+    if rows > 16 and inputs % 8 == 0 and outputs % 8 == 0:
+        return torch._int_mm(codes, weight_codes.t())
     codes = F.pad(codes, (0, -inputs % 8, 0, max(0, 17 - rows)))
     weight_codes = F.pad(weight_codes, (0, -inputs % 8, 0, -outputs % 8))
     return torch._int_mm(codes, weight_codes.t())[:rows, :outputs]
@@ -322,7 +330,8 @@ def _float_product(codes, weight_codes, scale, dtype):
 class _BitLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, norm_weight, eps, backend, integer, dtype):
-        flat, gain = x.reshape(-1, x.shape[-1]).float().contiguous(), norm_weight.float().contiguous()
+        flat, gain = x.reshape(-1,
+                               x.shape[-1]).float().contiguous(), norm_weight.float().contiguous()
         codes, scale, rstd = _quantize_rows_op(flat, gain, eps, backend)
         weight_codes, weight_scale = quantize_weight(weight, backend)
         if integer: y = rescale(integer_matmul(codes, weight_codes), scale, weight_scale, dtype)
@@ -365,7 +374,8 @@ def bit_linear(x: Tensor, weight: Tensor, norm_weight: Tensor, eps: float = 1e-8
     chosen = choose_backend(backend, x, BITLINEAR_C, "bitlinear")
     if chosen == "reference":
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        return bit_linear_reference(x.to(wide), weight.to(wide), norm_weight.to(wide), eps).to(x.dtype)
+        return bit_linear_reference(x.to(wide), weight.to(wide), norm_weight.to(wide),
+                                    eps).to(x.dtype)
     if integer is None:
         integer = not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
     device = x.device.type

@@ -227,7 +227,8 @@ def pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:
     if tensor is None: return ctypes.c_void_p(None)
     address = tensor.data_ptr()
     if tensor.is_cpu and (address or not tensor.numel()): return ctypes.c_void_p(address)
-    raise ValueError(f"a tensor is {described(tensor)}, and has no numbers on the CPU; an offloaded "
+    raise ValueError(f"a tensor is {described(tensor)}, and has no numbers on the CPU; an "
+                     f"offloaded "
                      "weight has them within its layer's own call")
 
 # %% ../../nbs/kernels/build.ipynb #586997c9

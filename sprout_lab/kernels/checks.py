@@ -38,7 +38,8 @@ def check_shape(name: str, tensor: Tensor, shape: tuple, meaning: str = "") -> N
     sizes = tuple(tensor.shape)
     fits = [want in (None, got) for got, want in zip(sizes, shape)]
     if len(sizes) == len(shape) and all(fits): return
-    wanted = meaning or str(tuple("any" if size is None else size for size in shape)).replace("'", "")
+    wanted = meaning or str(tuple("any" if size is None else size for size in shape)).replace("'",
+                                                                                              "")
     raise ValueError(f"{name} is {described(tensor)}; it must be {wanted}")
 
 # %% ../../nbs/kernels/checks.ipynb #51aa0c16
@@ -47,7 +48,8 @@ def broadcast_to(name: str, tensor: Tensor, shape: tuple) -> Tensor:
     does not."""
     try: return tensor.expand(shape)
     except RuntimeError: pass
-    raise ValueError(f"{name} is {described(tensor)}; it must be {tuple(shape)}, or broadcast to it")
+    raise ValueError(f"{name} is {described(tensor)}; it must be {tuple(shape)}, or broadcast to "
+                     f"it")
 
 # %% ../../nbs/kernels/checks.ipynb #51aa0c21
 def _facts(tensor: Tensor) -> tuple:

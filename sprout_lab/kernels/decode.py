@@ -53,7 +53,8 @@ def _attention_reference(x, layer, num_heads, past, cos_sin, half, eps, mask):
     layer.keys[:, :, past], layer.values[:, :, past] = k, v
     keys, values = layer.keys[:, :, :past + 1], layer.values[:, :, :past + 1]
     keys, values = (t.repeat_interleave(num_heads // kv_heads, 1) for t in (keys, values))
-    mask = None if mask is None else mask[:, None, None]                      # (batch, 1, 1, past+1)
+    mask = None if mask is None else mask[:, None,
+                                          None]                      # (batch, 1, 1, past+1)
     mixed = F.scaled_dot_product_attention(q.unsqueeze(2), keys, values, mask)
     return mixed.reshape(batch, width) @ layer.o.T
 
@@ -441,7 +442,8 @@ def _shapes(layer: DecodeLayer, x: Tensor, num_heads: int) -> DecodeLayer:
     (_, kv_heads, capacity, _), ff = layer.keys.shape, layer.w1.shape[0]
     kv_width, cache = kv_heads * head_dim, (batch, kv_heads, capacity, head_dim)
     return DecodeLayer(q=(width, width), k=(kv_width, width), v=(kv_width, width), o=(width, width),
-                       w1=(ff, width), w2=(width, ff), w3=(ff, width), norm1=(width,), norm2=(width,),
+                       w1=(ff, width), w2=(width, ff), w3=(ff, width), norm1=(width,),
+                       norm2=(width,),
                        q_norm=(head_dim,), k_norm=(head_dim,), keys=cache, values=cache)
 
 def _optional(layer: DecodeLayer, norm: str) -> set:
@@ -460,7 +462,8 @@ def _check_layer(layer: DecodeLayer, x: Tensor, num_heads: int, past: int, norm:
     check_shape("w1", layer.w1, (None, width), f"(ff, {width})")
     _, kv_heads, capacity, _ = layer.keys.shape
     if not kv_heads or num_heads % kv_heads:
-        raise ValueError(f"num_heads={num_heads}: must be a multiple of the {kv_heads} heads of keys")
+        raise ValueError(f"num_heads={num_heads}: must be a multiple of the {kv_heads} heads of "
+                         f"keys")
     if not 0 <= past < capacity: raise IndexError(_no_column(past, capacity))
     optional = _optional(layer, norm)
     for name, tensor, shape in zip(layer._fields, layer, _shapes(layer, x, num_heads)):
@@ -481,7 +484,8 @@ def _check_shared(x: Tensor, num_heads: int, norm: str) -> None:
     if norm not in _NORMS:
         raise ConfigError(f"norm={norm!r}: choose from {', '.join(_NORMS)}{nearest(norm, _NORMS)}")
     if num_heads < 1 or x.shape[1] % num_heads:
-        raise ValueError(f"num_heads={num_heads}: the width, {x.shape[1]}, must be a multiple of it")
+        raise ValueError(f"num_heads={num_heads}: the width, {x.shape[1]}, must be a multiple of "
+                         f"it")
 
 def _check_last_norm(last_norm: Tensor | None, x: Tensor) -> None:
     if last_norm is None: return
@@ -493,7 +497,8 @@ def _checked_mask(mask: Tensor | None, x: Tensor, past: int) -> Tensor | None:
     "`(batch, past+1)`, boolean."
     if mask is None: return None
     if mask.dtype != torch.bool:
-        raise ValueError(f"mask is {described(mask)}; it must be boolean, true where a key is visible")
+        raise ValueError(f"mask is {described(mask)}; it must be boolean, true where a key is "
+                         f"visible")
     if mask.is_cpu != x.is_cpu: check_device("mask", mask, x)
     shape = x.shape[0], past + 1
     return mask if mask.shape == shape else broadcast_to("mask", mask, shape)
@@ -506,7 +511,8 @@ def _checked_cos_sin(cos_sin: tuple | None, x: Tensor, num_heads: int) -> tuple 
     (batch, width), shape = x.shape, cos.shape
     half = width / num_heads / 2
     if shape == sin.shape and (shape == (1, half) or shape == (batch, half)):
-        if cos.dtype == sin.dtype == x.dtype and cos.is_cpu == sin.is_cpu == x.is_cpu: return cos_sin
+        if cos.dtype == sin.dtype == x.dtype and cos.is_cpu == sin.is_cpu == x.is_cpu:
+            return cos_sin
     if width // num_heads % 2:
         raise ValueError(f"cos_sin: heads of {width // num_heads} channels have no pairs to rotate")
     check_floating(cos=cos, sin=sin)
@@ -514,7 +520,8 @@ def _checked_cos_sin(cos_sin: tuple | None, x: Tensor, num_heads: int) -> tuple 
     check_device("sin", sin, x)
     one = all(t.dim() < 2 or t.shape[0] == 1 for t in (cos, sin))
     shape = 1 if one else batch, width // num_heads // 2
-    return tuple(broadcast_to(name, t.to(x.dtype), shape) for name, t in (("cos", cos), ("sin", sin)))
+    return tuple(broadcast_to(name, t.to(x.dtype), shape) for name,
+                 t in (("cos", cos), ("sin", sin)))
 
 # %% ../../nbs/kernels/decode.ipynb #c2a5164f
 _layouts = {}             # of tensors that C can take, by all that they must go together with
@@ -548,7 +555,8 @@ def _table(x: Tensor, layers: list, num_heads: int, past: int, norm: str) -> byt
 def _c_function():
     "The function in C, which knows its arguments' types."
     run, size, address = load_c(DECODE_C, "decode").decode_step, ctypes.c_int64, ctypes.c_void_p
-    run.argtypes = [address, address, *[size] * 8, address, address, size, size, size, ctypes.c_float,
+    run.argtypes = [address, address, *[size] * 8, address, address, size, size, size,
+                    ctypes.c_float,
                     address, size, address, address]
     run.restype = None
     return run
@@ -557,7 +565,8 @@ def _run_c(x, table, layers, num_heads, past, cos_sin, half, norm, eps, mask, la
     x, first = x.contiguous().clone(), layers[0]
     (batch, width), (_, kv_heads, capacity, _), ff = x.shape, first.keys.shape, first.w1.shape[0]
     if not 0 <= past < capacity: raise IndexError(_no_column(past, capacity))
-    scratch = torch.empty(batch * (3 * width + 2 * kv_heads * (width // num_heads) + 2 * ff) + past + 1)
+    scratch = torch.empty(batch * (3 * width + 2 * kv_heads * (width // num_heads) + 2 * ff)
+                          + past + 1)
     tables = 0 if cos_sin is None else cos_sin[0].shape[0]
     shared = (None, None, mask, last_norm) if cos_sin is None else (*cos_sin, mask, last_norm)
     shared = [None if t is None else t.contiguous() for t in shared]
@@ -570,7 +579,8 @@ def _run_c(x, table, layers, num_heads, past, cos_sin, half, norm, eps, mask, la
 # %% ../../nbs/kernels/decode.ipynb #f5d84972
 def _wants_gradient(x: Tensor, layers: list) -> bool:
     if not torch.is_grad_enabled(): return False
-    return x.requires_grad or any(t is not None and t.requires_grad for layer in layers for t in layer)
+    return x.requires_grad or any(t is not None and t.requires_grad for layer in layers
+                                  for t in layer)
 
 def decode_step(x: Tensor, layers: list[DecodeLayer], num_heads: int, past: int,
                 cos_sin: tuple | None = None, half: bool = False, norm: str = "pre",

@@ -308,7 +308,8 @@ def _check_pair(a: Tensor, b: Tensor) -> None:
     check_floating(a=a, b=b)
     check_device("b", b, a)
     try: torch.broadcast_shapes(a.shape, b.shape)
-    except RuntimeError: problem = f"a and b must broadcast; they are {described(a)} and {described(b)}"
+    except RuntimeError:
+        problem = f"a and b must broadcast; they are {described(a)} and {described(b)}"
     else: return
     raise ValueError(problem)
 

@@ -266,7 +266,8 @@ def _checked_weight(g: Tensor, h: Tensor, weight: Tensor) -> Tensor:
         check_device("weight", weight, g)
     return weight
 
-def norm_gate(g: Tensor, h: Tensor, weight: Tensor, eps: float = 1e-6, backend: str = "auto") -> Tensor:
+def norm_gate(g: Tensor, h: Tensor, weight: Tensor, eps: float = 1e-6,
+              backend: str = "auto") -> Tensor:
     """$RMSNorm(g) ⊙ silu(h)$ for `g`, `h` `(..., D)` and `weight (D,)` → `(..., D)` in `g`'s
     dtype, computed in float32 or float64. (MatMul-free LM: Zhu et al., 2024, section 3.3.)"""
     weight = _checked_weight(g, h, weight)
@@ -331,7 +332,8 @@ def _silu_gate_backward(x, dy, backend):
         _silu_gate_backward_kernel[grid](x, dy, dx, width, 512, num_warps=4)
         return dx
     library, tensors = load_c(NORMGATE_C, "normgate"), (pointer(x), pointer(dy), pointer(dx))
-    def part(start, stop): library.silu_gate_backward(*tensors, _int(width), _int(start), _int(stop))
+    def part(start, stop):
+        library.silu_gate_backward(*tensors, _int(width), _int(start), _int(stop))
     split_rows(part, rows, x.numel())
     return dx
 
@@ -367,7 +369,8 @@ class _SiLUGate(torch.autograd.Function):
 def silu_gate(x: Tensor, backend: str = "auto") -> Tensor:
     """$silu(a) ⊙ b$ for `x = [a, b]` `(..., 2M)` → `(..., M)` in `x`'s dtype, computed in float32
     or float64. (SwiGLU: Shazeer, 2020, equation 6.)"""
-    if not x.dim() or x.shape[-1] % 2: raise ValueError(f"x is {described(x)}; it must be (..., 2M)")
+    if not x.dim() or x.shape[-1] % 2:
+        raise ValueError(f"x is {described(x)}; it must be (..., 2M)")
     backend = choose_backend(backend, x, NORMGATE_C, "normgate")
     if backend == "reference" or not x.numel():
         wide = x if x.dtype == torch.float64 else x.float()

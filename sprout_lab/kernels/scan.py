@@ -200,7 +200,8 @@ def _torch_forward(f, i, h0, reset):
         if previous is not None and reset is not None:
             previous = previous.masked_fill(reset[:, t].bool().unsqueeze(-1), 0)
         if previous is None: ht.copy_(it)
-        else: torch.mul(ft, previous, out=ht).add_(it)     # addcmul would round once instead of twice
+        # addcmul would round once instead of twice
+        else: torch.mul(ft, previous, out=ht).add_(it)
         previous = ht
     return h
 
@@ -316,7 +317,8 @@ def _triton_forward(f, i, h0, reset):
     if chunks > 1: start = _chunk_states(f, i, h0, reset, block, chunk, chunks, False)
     grid = triton.cdiv(width, block), chunks, batch
     _scan_kernel[grid](f, i, f if start is None else start, f if reset is None else reset, h,
-                       length, width, chunk, start is not None, reset is not None, block, num_warps=4)
+                       length, width, chunk, start is not None, reset is not None, block,
+                       num_warps=4)
     return h
 
 def _triton_backward(f, h, h0, reset, g):
@@ -326,8 +328,10 @@ def _triton_backward(f, h, h0, reset, g):
     else: u = _chunk_states(f, g, None, reset, block, chunk, chunks, True)
     df, di, du = torch.empty_like(h), torch.empty_like(h), torch.empty_like(u)
     grid = triton.cdiv(width, block), chunks, batch
-    _backward_kernel[grid](f, h, f if h0 is None else h0, f if reset is None else reset, g, u, df, di, du,
-                           length, width, chunk, h0 is not None, reset is not None, block, num_warps=4)
+    _backward_kernel[grid](f, h, f if h0 is None else h0, f if reset is None else reset, g, u, df,
+                           di, du,
+                           length, width, chunk, h0 is not None, reset is not None, block,
+                           num_warps=4)
     return df, di, None if h0 is None else du[:, 0]
 
 # %% ../../nbs/kernels/scan.ipynb #6c29d4de
@@ -335,7 +339,8 @@ _forward = {"c": _c_forward, "torch": _torch_forward, "triton": _triton_forward}
 _backward = {"c": _c_backward, "torch": _torch_backward, "triton": _triton_backward}
 
 @custom_op("scan_forward")
-def _scan_forward(f: Tensor, i: Tensor, h0: Tensor | None, reset: Tensor | None, backend: str) -> Tensor:
+def _scan_forward(f: Tensor, i: Tensor, h0: Tensor | None, reset: Tensor | None,
+                  backend: str) -> Tensor:
     return _forward[backend](f, i, h0, reset)
 
 @_scan_forward.register_fake
@@ -349,7 +354,8 @@ def _scan_backward(f: Tensor, h: Tensor, h0: Tensor | None, reset: Tensor | None
 
 @_scan_backward.register_fake
 def _(f, h, h0, reset, g, backend):
-    return torch.empty_like(f), torch.empty_like(f), torch.empty_like(f.new_empty(0) if h0 is None else h0)
+    return torch.empty_like(f), torch.empty_like(f), torch.empty_like(f.new_empty(0)
+                                                                      if h0 is None else h0)
 
 class _Scan(torch.autograd.Function):
     @staticmethod
@@ -406,7 +412,8 @@ def gated_scan(f: Tensor, i: Tensor, h0: Tensor | None = None, reset: Tensor | N
     backend, length = choose_backend(backend, f, SCAN_C, "scan"), f.shape[1]
     if length == 0: return i, i.new_zeros(i.shape[0], i.shape[2]) if h0 is None else h0
     if backend == "reference":
-        if f.dtype != torch.float64: f, i, h0 = f.float(), i.float(), None if h0 is None else h0.float()
+        if f.dtype != torch.float64:
+            f, i, h0 = f.float(), i.float(), None if h0 is None else h0.float()
         return scan_reference(f, i, h0, reset)
     f, i = f.float().contiguous(), i.float().contiguous()
     if h0 is not None: h0 = h0.float().contiguous()

@@ -37,7 +37,8 @@ def check_ternary(codes: Tensor) -> None:
     if codes.dtype != torch.int8: raise ValueError(f"codes is {described(codes)}; it must be int8")
     if codes.is_meta or not codes.numel(): return
     least, most = (value.item() for value in codes.aminmax())
-    if least < -1 or most > 1: raise ValueError(f"codes are {least} … {most}; they must be -1, 0 or 1")
+    if least < -1 or most > 1:
+        raise ValueError(f"codes are {least} … {most}; they must be -1, 0 or 1")
 
 def pack_ternary(codes: Tensor) -> Tensor:
     "int8 codes −1, 0, 1 `(O, D)` → uint8 `(O, 64·⌈D/256⌉)`, four codes per byte."
@@ -52,7 +53,8 @@ def pack_ternary(codes: Tensor) -> Tensor:
 def _check_packed(packed: Tensor, width: int) -> None:
     size = 64 * -(-width // 256)
     if packed.dim() == 2 and packed.shape[1] == size and packed.dtype == torch.uint8: return
-    raise ValueError(f"packed is {described(packed)}; for {width} columns it must be uint8 (O, {size})")
+    raise ValueError(f"packed is {described(packed)}; for {width} columns it must be uint8 (O, "
+                     f"{size})")
 
 def unpack_ternary(packed: Tensor, width: int) -> Tensor:
     "The int8 codes `(O, width)` of `pack_ternary`."
@@ -183,7 +185,8 @@ _matmul = {"c": _matmul_c, "torch": _matmul_torch, "triton": _matmul_triton,
            "reference": ternary_matmul_reference}
 
 @custom_op("ternary_matmul")
-def _matmul_op(x: Tensor, packed: Tensor, backend: str) -> Tensor: return _matmul[backend](x, packed)
+def _matmul_op(x: Tensor, packed: Tensor, backend: str) -> Tensor:
+    return _matmul[backend](x, packed)
 
 @_matmul_op.register_fake
 def _(x, packed, backend): return x.new_empty(x.shape[0], packed.shape[0], dtype=torch.int32)
@@ -256,7 +259,8 @@ def ternary_linear(x: Tensor, weight: TernaryWeight, norm_weight: Tensor, eps: f
     with torch.no_grad(): return _linear(x, weight, norm_weight, eps, backend)
 
 # %% ../../nbs/kernels/ternary.ipynb #f25b5de6
-def benchmark_ternary(outputs: int = 3072, width: int = 512, rows: int = 1, repeats: int = 200) -> dict:
+def benchmark_ternary(outputs: int = 3072, width: int = 512, rows: int = 1,
+                      repeats: int = 200) -> dict:
     """CPU microseconds (medians, sides alternated) of a float32 product, `torch._int_mm` and the
     packed product."""
     import time

@@ -103,7 +103,8 @@ def _block(x, b: StepBlock, states):
     f = torch.sigmoid(_linear(inputs[0], b.f))
     if b.lower_bound is not None: f = b.lower_bound + (1 - b.lower_bound) * f
     h.copy_(f * h + F.silu(_linear(inputs[-1], b.i)) * (1 - f))
-    g = _linear(inputs[0] if len(inputs) == 1 else y, b.g)   # one convolution feeds all three streams
+    # one convolution feeds all three streams
+    g = _linear(inputs[0] if len(inputs) == 1 else y, b.g)
     x = x + _linear(_norm(g, b.g_norm, b.eps) * F.silu(h), b.o)
     gate, up = _linear(_norm(x, b.mlp_norm, b.eps), b.gate).chunk(2)
     return x + _linear(F.silu(gate) * up, b.down)
@@ -559,7 +560,8 @@ def _fill_stage(s: StepStage, first_state: int, outer: int, memory: _Memory) -> 
         stage, next_state = _fill_stage(s.inner, router_state + 3, width, memory)
         inner = ctypes.addressof(stage)
         decoder, next_state = _fill_blocks(s.decoder, next_state, memory)
-    tensors = [memory.address(t) for t in (s.norm, s.pad, s.query, s.key, s.residual, s.decoder_norm)]
+    tensors = [memory.address(t)
+               for t in (s.norm, s.pad, s.query, s.key, s.residual, s.decoder_norm)]
     x = memory.address(torch.zeros(width, dtype=memory.dtype))
     sizes = len(s.blocks), len(s.decoder), width, outer, router_state
     return memory.keep(_Stage(blocks, decoder, inner, *tensors, x, s.eps, *sizes)), next_state
@@ -579,7 +581,8 @@ class _Plan:
         rows = memory.keep(torch.zeros(7, widest, dtype=embedding.dtype))
         workspace = _Workspace(codes.data_ptr(), *(row.data_ptr() for row in rows))
         self.stage, self.workspace = ctypes.byref(filled), ctypes.byref(memory.keep(workspace))
-        self.dtype, library = embedding.dtype, load_c(TERNARY_STEP_C[embedding.dtype], "ternary_step")
+        self.dtype, library = embedding.dtype, load_c(TERNARY_STEP_C[embedding.dtype],
+                                                      "ternary_step")
         self.run = library.ternary_step
         self.run.argtypes, self.run.restype = [*[_pointer] * 8, *[_int] * 3], None
 
@@ -588,7 +591,8 @@ def _check_linear(name: str, m: StepLinear, outputs: int | None, inputs: int | N
     check_ternary(m.codes)
     check_shape(f"{name}.codes", m.codes, (outputs, inputs))
     check_shape(f"{name}.gain", m.gain, m.codes.shape[1:])
-    if 0 in m.codes.shape: raise ValueError(f"{name}.codes is {described(m.codes)}; it has no numbers")
+    if 0 in m.codes.shape:
+        raise ValueError(f"{name}.codes is {described(m.codes)}; it has no numbers")
 
 def _check_block(b: StepBlock, width: int) -> None:
     _check_linear("f", b.f, None, width)
@@ -600,11 +604,13 @@ def _check_block(b: StepBlock, width: int) -> None:
     for name, size in dict(attn_norm=width, mlp_norm=width, g_norm=state).items():
         check_shape(name, getattr(b, name), (size,))
     if b.lower_bound is not None: check_shape("lower_bound", b.lower_bound, (state,))
-    if len(b.convs) > 2: raise ValueError(f"a block has {len(b.convs)} convolutions; two are the most")
+    if len(b.convs) > 2:
+        raise ValueError(f"a block has {len(b.convs)} convolutions; two are the most")
     for weight in b.convs:
         check_shape("convs", weight, (width, None), f"({width}, taps)")
         if weight.shape[1] < 2 or weight.shape != b.convs[0].shape:
-            raise ValueError(f"convs is {described(weight)}; all have one number of taps, two or more")
+            raise ValueError(f"convs is {described(weight)}; all have one number of taps, two or "
+                             f"more")
 
 # %% ../../nbs/kernels/ternary_decode.ipynb #f3e2c7d9
 def _check_stage(s: StepStage, outer: int) -> None:
@@ -612,15 +618,18 @@ def _check_stage(s: StepStage, outer: int) -> None:
     check_shape("norm", s.norm, (None,), "(width,)")
     width = s.norm.shape[0]
     if width < outer:
-        raise ValueError(f"norm is {described(s.norm)}; it must be as wide as the {outer} around it")
+        raise ValueError(f"norm is {described(s.norm)}; it must be as wide as the {outer} around "
+                         f"it")
     if s.pad is not None: check_shape("pad", s.pad, (width - outer,))
     elif width > outer:
-        raise ValueError(f"pad is none; from {outer} channels to {width} it must be ({width - outer},)")
+        raise ValueError(f"pad is none; from {outer} channels to {width} it must be "
+                         f"({width - outer},)")
     for block in (*s.blocks, *s.decoder): _check_block(block, width)
     if s.inner is None: return
     for name in ("query", "key", "residual", "decoder_norm"):
         tensor, shape = getattr(s, name), (width,) if name == "decoder_norm" else (width, width)
-        if tensor is None: raise ValueError(f"{name} is none; around an inner stage it must be {shape}")
+        if tensor is None:
+            raise ValueError(f"{name} is none; around an inner stage it must be {shape}")
         check_shape(name, tensor, shape)
     _check_stage(s.inner, width)
 
@@ -660,13 +669,15 @@ def _can_run_in_c(embedding: Tensor, stage: StepStage) -> bool:
     if max(inputs, default=0) >= 90_000: return False
     return load_c(TERNARY_STEP_C[dtype], "ternary_step") is not None
 
-def _run(plan, tokens: list[int], states: list, vocabulary: int, depth: int) -> tuple[Tensor, Tensor]:
+def _run(plan, tokens: list[int], states: list, vocabulary: int, depth: int) -> tuple[Tensor,
+                                                                                      Tensor]:
     batch = len(tokens)
     logits = torch.empty(batch, vocabulary, dtype=plan.dtype)
     prob = torch.zeros(batch, depth, dtype=plan.dtype)
     addresses = struct.pack(f"{len(states)}P", *map(Tensor.data_ptr, states))
     ids = struct.pack(f"{batch}q", *tokens)
-    plan.run(plan.stage, plan.workspace, ids, plan.embedding, plan.head, addresses, logits.data_ptr(),
+    plan.run(plan.stage, plan.workspace, ids, plan.embedding, plan.head, addresses,
+             logits.data_ptr(),
              prob.data_ptr(), batch, vocabulary, depth)
     return logits, prob
 

@@ -9,7 +9,6 @@ __all__ = ['softmax', 'cross_entropy', 'clip_gradients', 'AdamW', 'cosine_schedu
            'TransformerForCausalLM', 'scaled_dot_product_attention', 'silu', 'get_batch']
 
 # %% ../../nbs/models/blocks.ipynb #a223e0cd
-import io
 import json
 import math
 import os
@@ -24,11 +23,14 @@ from safetensors.torch import save as save_safetensors
 from ..configs import ConfigError
 from ..data.tokens import get_batch
 from .transformer import (
-    BasicTransformerLM, Embedding, Linear, MultiHeadSelfAttention, RMSNorm, RotaryPositionalEmbedding, SiLUFeedForward, SwiGLU, TransformerBlock,
+    BasicTransformerLM, Embedding, Linear, MultiHeadSelfAttention, RMSNorm,
+    RotaryPositionalEmbedding, SiLUFeedForward, SwiGLU, TransformerBlock,
     TransformerConfig, TransformerForCausalLM, scaled_dot_product_attention, silu)
 
-_all_ = ["BasicTransformerLM", "Embedding", "Linear", "MultiHeadSelfAttention", "RMSNorm", "RotaryPositionalEmbedding", "SiLUFeedForward", "SwiGLU",
-         "TransformerBlock", "TransformerConfig", "TransformerForCausalLM", "scaled_dot_product_attention", "silu", "get_batch"]
+_all_ = ["BasicTransformerLM", "Embedding", "Linear", "MultiHeadSelfAttention", "RMSNorm",
+         "RotaryPositionalEmbedding", "SiLUFeedForward", "SwiGLU",
+         "TransformerBlock", "TransformerConfig", "TransformerForCausalLM",
+         "scaled_dot_product_attention", "silu", "get_batch"]
 
 # %% ../../nbs/models/blocks.ipynb #aee71e48
 def softmax(x: torch.Tensor, dim: int = -1) -> torch.Tensor:
@@ -37,49 +39,66 @@ def softmax(x: torch.Tensor, dim: int = -1) -> torch.Tensor:
 
 # %% ../../nbs/models/blocks.ipynb #b0bc5db6
 def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    "Mean negative log-likelihood in nats. `logits (..., vocabulary)`, `targets (...)` of ids; a target of -100 is ignored. 16-bit logits are widened to float32."
+    """Mean negative log-likelihood in nats. `logits (..., vocabulary)`, `targets (...)` of ids; a
+    target of -100 is ignored. 16-bit logits are widened to float32."""
     logits = logits.flatten(0, -2)
     if logits.dtype in (torch.bfloat16, torch.float16): logits = logits.float()
     return F.cross_entropy(logits, targets.flatten())
 
 # %% ../../nbs/models/blocks.ipynb #b936d827
 def clip_gradients(params, max_norm: float, eps: float = 1e-6) -> torch.Tensor:
-    "Scale the gradients of `params` in place so that their global l2 norm is at most `max_norm`. Returns the norm before."
-    params = [p for p in ([params] if isinstance(params, torch.Tensor) else params) if p.grad is not None]
+    """Scale the gradients of `params` in place so that their global l2 norm is at most `max_norm`.
+    Returns the norm before."""
+    params = [p for p in ([params] if isinstance(params, torch.Tensor) else params)
+              if p.grad is not None]
     if not params: return torch.tensor(0.0)
     norm = torch.nn.utils.get_total_norm([p.grad for p in params])
-    scale = (max_norm / (norm + eps)).clamp(max=1.0)   # no branch on the value: nothing waits for a GPU
+    # no branch on the value: nothing waits for a GPU
+    scale = (max_norm / (norm + eps)).clamp(max=1.0)
     for p in params: p.grad.mul_(scale.to(p.grad.device, p.grad.dtype))
     return norm
 
 # %% ../../nbs/models/blocks.ipynb #38203740
 class AdamW(torch.optim.AdamW):
-    "Decoupled weight decay (Loshchilov and Hutter, 2019, algorithm 2): torch's AdamW, in its fused form where all tensors are floating point on a device that has it."
+    """Decoupled weight decay (Loshchilov and Hutter, 2019, algorithm 2): torch's AdamW, in its
+    fused form where all tensors are floating point on a device that has it."""
 
-    def __init__(self, params, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8, weight_decay: float = 0.1):
+    def __init__(self, params, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.95),
+                 eps: float = 1e-8, weight_decay: float = 0.1):
         params = list(params)
-        flat = [p for group in params for p in group["params"]] if params and isinstance(params[0], dict) else params
+        flat = [p for group in params
+                for p in group["params"]] if params and isinstance(params[0], dict) else params
         flat = [p for _, p in flat] if flat and isinstance(flat[0], tuple) else list(flat)
-        fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda", "mps", "xpu") for p in flat)
-        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused)
+        fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda", "mps", "xpu")
+                    for p in flat)
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay,
+                         fused=fused)
 
 # %% ../../nbs/models/blocks.ipynb #94bc812d
-def cosine_schedule_with_warmup(step: int, max_lr: float, min_lr: float, warmup: int, cosine_cycle: int) -> float:
-    "Learning rate at `step`: linear to `max_lr` at `warmup`, cosine to `min_lr` at `cosine_cycle`, constant after (CS336 assignment 1, section 4.4)."
+def cosine_schedule_with_warmup(step: int, max_lr: float, min_lr: float, warmup: int,
+                                cosine_cycle: int) -> float:
+    """Learning rate at `step`: linear to `max_lr` at `warmup`, cosine to `min_lr` at
+    `cosine_cycle`, constant after (CS336 assignment 1, section 4.4)."""
     if step < warmup: return max_lr * step / warmup
     if step >= cosine_cycle: return min_lr
-    return min_lr + 0.5 * (1 + math.cos(math.pi * (step - warmup) / (cosine_cycle - warmup))) * (max_lr - min_lr)
+    return min_lr + 0.5 * (1
+                           + math.cos(math.pi * (step - warmup) / (cosine_cycle - warmup))) * (max_lr - min_lr)
 
-# %% ../../nbs/models/blocks.ipynb #416fa4f8
+# %% ../../nbs/models/blocks.ipynb #930a7c89
 def _flatten(value, path: str, tensors: dict):
     "Nested plain data with its tensors moved into `tensors` and replaced by their keys."
     if isinstance(value, torch.Tensor):
-        tensors[path] = value.detach().contiguous().clone()   # a clone: tied weights share memory, safetensors keeps each once per name
+        # a clone: tied weights share memory, safetensors keeps each once per name
+        tensors[path] = value.detach().contiguous().clone()
         return {"tensor": path}
-    if isinstance(value, dict): return {"dict": [[k, _flatten(v, f"{path}.{k}", tensors)] for k, v in value.items()]}
-    if isinstance(value, (list, tuple)): return {type(value).__name__: [_flatten(v, f"{path}.{i}", tensors) for i, v in enumerate(value)]}
+    if isinstance(value, dict):
+        return {"dict": [[k, _flatten(v, f"{path}.{k}", tensors)] for k, v in value.items()]}
+    if isinstance(value, (list, tuple)):
+        return {type(value).__name__: [_flatten(v, f"{path}.{i}", tensors) for i,
+                                       v in enumerate(value)]}
     if value is None or isinstance(value, (bool, int, float, str)): return value
-    raise ConfigError(f"{path}: a {type(value).__name__} cannot be stored in a checkpoint; only tensors, numbers, text and lists of them can")
+    raise ConfigError(f"{path}: a {type(value).__name__} cannot be stored in a checkpoint; only "
+                      f"tensors, numbers, text and lists of them can")
 
 def _unflatten(value, tensors: dict):
     if not isinstance(value, dict): return value
@@ -89,10 +108,13 @@ def _unflatten(value, tensors: dict):
     return (list if kind == "list" else tuple)(_unflatten(v, tensors) for v in inner)
 
 def save_checkpoint(model, optimizer, iteration: int, out) -> None:
-    "Write the states of `model` and `optimizer` (or none) and the `iteration` to `out`, a path or a binary file object, as safetensors."
+    """Write the states of `model` and `optimizer` (or none) and the `iteration` to `out`, a path or
+    a binary file object, as safetensors."""
     tensors = {}
-    state = _flatten({"model": dict(model.state_dict()), "optimizer": optimizer.state_dict() if optimizer is not None else None, "iteration": int(iteration)}, "", tensors)
-    raw = save_safetensors(tensors, metadata={"format": "sprout-lab checkpoint 1", "state": json.dumps(state)})
+    state = _flatten({"model": dict(model.state_dict()), "optimizer": optimizer.state_dict()
+                      if optimizer is not None else None, "iteration": int(iteration)}, "", tensors)
+    raw = save_safetensors(tensors, metadata={"format": "sprout-lab checkpoint 1",
+                                              "state": json.dumps(state)})
     if hasattr(out, "write"): out.write(raw)
     else:
         out = Path(out)
@@ -103,26 +125,35 @@ def save_checkpoint(model, optimizer, iteration: int, out) -> None:
             os.fsync(file.fileno())
         os.replace(beside, out)
 
+# %% ../../nbs/models/blocks.ipynb #416fa4f8
 def load_checkpoint(src, model, optimizer=None) -> int:
-    "Read what `save_checkpoint` wrote from `src`, a path or a binary file object, into `model` and `optimizer`. Returns the iteration."
+    """Read what `save_checkpoint` wrote from `src`, a path or a binary file object, into `model`
+    and `optimizer`. Returns the iteration."""
     name = str(getattr(src, "name", "checkpoint")) if hasattr(src, "read") else str(src)
     try: raw = src.read() if hasattr(src, "read") else Path(src).read_bytes()
-    except OSError as error: raise ConfigError(f"{name}: cannot be read ({error.strerror})") from None
-    if raw[:2] in (b"PK", b"\x80\x02", b"\x80\x04", b"\x80\x05"): raise ConfigError(f"{name}: is a pickle, which runs code when it is read, and is refused; checkpoints are safetensors")
+    except OSError as error:
+        raise ConfigError(f"{name}: cannot be read ({error.strerror})") from None
+    if raw[:2] in (b"PK", b"\x80\x02", b"\x80\x04", b"\x80\x05"):
+        raise ConfigError(f"{name}: is a pickle, which runs code when it is read, and is refused; "
+                          f"checkpoints are safetensors")
     try:
         size = int.from_bytes(raw[:8], "little")
         metadata = json.loads(raw[8:8 + size])["__metadata__"] if 0 < size <= len(raw) - 8 else {}
         if not metadata.get("format", "").startswith("sprout-lab checkpoint"): raise ValueError
         tensors = load_safetensors(raw)
         state = _unflatten(json.loads(metadata["state"]), tensors)
-    except Exception as error:   # safetensors raises its own type; anything here means the bytes are not ours or not whole
-        raise ConfigError(f"{name}: is not a checkpoint of save_checkpoint, or is cut off ({type(error).__name__})") from None
+    # safetensors raises its own type; anything here means the bytes are not ours or not whole
+    except Exception as error:
+        raise ConfigError(f"{name}: is not a checkpoint of save_checkpoint, or is cut off "
+                          f"({type(error).__name__})") from None
     try: model.load_state_dict(state["model"])
     except RuntimeError as error:
         first = re.sub(r"\s+", " ", str(error))[:160]
         raise ConfigError(f"{name}: holds a model of another shape ({first})") from None
     if optimizer is not None:
-        if state["optimizer"] is None: raise ConfigError(f"{name}: holds no optimizer; load it without one")
+        if state["optimizer"] is None:
+            raise ConfigError(f"{name}: holds no optimizer; load it without one")
         try: optimizer.load_state_dict(state["optimizer"])
-        except ValueError as error: raise ConfigError(f"{name}: holds an optimizer over other parameters ({error})") from None
+        except ValueError as error:
+            raise ConfigError(f"{name}: holds an optimizer over other parameters ({error})") from None
     return state["iteration"]

@@ -14,7 +14,7 @@ from typing import Annotated, ClassVar
 
 from transformers import PreTrainedConfig
 
-from ..configs import ConfigError, Settings, nearest, setting, settings_class, settings_fields
+from ..configs import ConfigError, nearest, setting, settings_class
 
 # %% ../../nbs/models/config.ipynb #d3f448ac
 _HUB_NAMES = {f.name for f in dataclasses.fields(PreTrainedConfig)} | {
@@ -41,7 +41,7 @@ def _setting_fields(cls) -> dict:
             fields[name] = annotation, getattr(cls, name) if default is None else default
     return fields
 
-# %% ../../nbs/models/config.ipynb #2fbf2073
+# %% ../../nbs/models/config.ipynb #88373411
 class ModelConfig(PreTrainedConfig):
     """Base of the families' configurations. A subclass sets `model_type`, annotates its fields
     with `setting(...)`, and overrides `check` for combinations that cannot work. What is wrong
@@ -93,6 +93,7 @@ class ModelConfig(PreTrainedConfig):
     def check(self) -> None:
         "Raise a `ConfigError` when values that are fine alone cannot work together."
 
+# %% ../../nbs/models/config.ipynb #2fbf2073
 _PEFT_TABLE = "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING"   # in peft.utils
 
 def tell_peft(config_class: type) -> None:

@@ -553,7 +553,8 @@ class HNetStage(StageLayers):
         x = self.encoder(x, batch, cache, hidden_states)                           # (batch, 1, D)
         boundaries = self.routing.step(x, routing_state)
         kept, active_rows = self.chunk.step(x, boundaries.mask)                   # (active, 1, D)
-        z, inner_boundaries = step_inside(self.inner, kept, active_rows, len(x), cache, inner_hidden)
+        z, inner_boundaries = step_inside(self.inner, kept, active_rows, len(x), cache,
+                                          inner_hidden)
         def outside(t): return place_rows(t, active_rows, len(x))
         if hidden_states is not None: hidden_states += map(outside, inner_hidden)
         y = self.dechunk.step(z, active_rows, boundaries, dechunk_state)           # (batch, 1, D)

@@ -134,7 +134,7 @@ class SproutNodeConfig(ModelConfig):
 
 # %% ../../nbs/models/sprout.ipynb #a335e8e8
 def _parents(value):
-    "A tree as files and flags write it: `[-1, 0, 0]`, `[\"[-1, 0, 0]\"]`, `[\"-1\", \"0\", \"0\"]`."
+    """A tree as files and flags write it: `[-1, 0, 0]`, `["[-1, 0, 0]"]`, `["-1", "0", "0"]`."""
     value = _from_json(value)
     if not isinstance(value, list): return value
     try: return [int(v) if isinstance(v, str) else v for v in value]
@@ -168,7 +168,8 @@ def _wrong_in_event(event) -> str | None:
     for name, value in event.items():
         kinds = {float: (int, float)}.get(_EVENT_FIELDS.get(name), _EVENT_FIELDS.get(name))
         if kinds is None: return f"has an unknown fact {name!r:.60}"
-        if not isinstance(value, kinds) or isinstance(value, bool): return f"has {name}={value!r:.60}"
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            return f"has {name}={value!r:.60}"
         if kinds is int and value < 0: return f"has {name}={value}, below 0"
     if event["action"] not in _ACTIONS: return f"has action={event['action']!r:.60}"
     counts = [type(count) is int and count >= 0 for count in event["usage"]]
@@ -201,7 +202,8 @@ class SproutTreeConfig(ModelConfig):
         if nodes > self.max_nodes:
             raise ConfigError(f"max_nodes={self.max_nodes}: the tree has {nodes} nodes {remedy}")
         if levels > self.max_depth:
-            raise ConfigError(f"max_depth={self.max_depth}: the tree is {levels} levels deep {remedy}")
+            raise ConfigError(f"max_depth={self.max_depth}: the tree is {levels} levels deep "
+                              f"{remedy}")
         check_history(self.history)
 
 # %% ../../nbs/models/sprout.ipynb #039ab506
@@ -358,7 +360,8 @@ def selected_attention(attention: MultiHeadSelfAttention, hidden_states, tokens:
     key = tokens.to_grid(key, tokens.key_idx)   # (batch, heads, length, head_dim)
     value = tokens.to_grid(value, tokens.key_idx)
     if past_key_values is not None:
-        key, value = past_key_values.update(key, value, layer_idx)   # (batch, heads, columns, head_dim)
+        key, value = past_key_values.update(key, value,
+                                            layer_idx)   # (batch, heads, columns, head_dim)
     if not len(query_idx): return hidden_states[:0]
     query = attention.q_proj(tokens.queries_of(hidden_states)).view(heads)
     query = rotary(query, *(tokens.queries_of(t) for t in tokens.cos_sin))
@@ -393,7 +396,8 @@ class SproutNode(GradientCheckpointingLayer):
         self.mlp = SwiGLU(d, config.ff_size)
         has_key = parent >= 0 and config.router != "open"
         self.key = nn.Parameter(torch.randn(d) * 0.5) if has_key else None
-        self.router = None   # comes with the first child: unused parameters confuse data parallel training
+        # comes with the first child: unused parameters confuse data parallel training
+        self.router = None
         _register_counts(self, d)
 
     def add_router(self) -> None:
@@ -411,7 +415,8 @@ class SproutNode(GradientCheckpointingLayer):
         read = self.input_layernorm(hidden_states)
         if context_bias is not None: read = read + context_bias
         if tokens is None:
-            mixed = self.self_attn(read, cos_sin=cos_sin, mask=mask, causal=False, weights=attentions)
+            mixed = self.self_attn(read, cos_sin=cos_sin, mask=mask, causal=False,
+                                   weights=attentions)
         else:
             cached = past_key_values, layer_idx
             mixed = selected_attention(self.self_attn, read, tokens, mask, *cached, attentions)
@@ -586,7 +591,8 @@ class SproutPreTrainedModel(PreTrainedModel):
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
-        # `sync` adds them up; data parallel training must not overwrite them with the first process's
+        # `sync` adds them up; data parallel training must not overwrite them with the first
+        # process's
         return [name for name, _ in self.named_buffers()]
 
 # %% ../../nbs/models/sprout.ipynb #d3eacb15

@@ -214,7 +214,8 @@ class OneCallDecoding(RunOnly):
             if result is not None: return self._output(*result, past_key_values)
         self._as_written = None
         return super().forward(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, labels, use_cache,
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, labels,
+            use_cache,
             logits_to_keep, output_hidden_states, return_dict, **kwargs)
 
 # %% ../../nbs/models/ternary.ipynb #1a5b71f9
@@ -267,7 +268,8 @@ def _check_exportable(model, ternary: dict) -> None:
     if isinstance(model, OneCallDecoding):
         raise ConfigError("the model is a ternary export already; copy its folder")
     if not ternary:
-        raise ConfigError(f"{type(model).__name__} has no ternary layers; export_ternary is for the "
+        raise ConfigError(f"{type(model).__name__} has no ternary layers; export_ternary is for "
+                          f"the "
                           "slm and hnet families")
     if any(hasattr(module, "base_layer") for module in model.modules()):
         raise ConfigError("the model has adapters, and a ternary export holds none; take them off "

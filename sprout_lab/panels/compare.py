@@ -17,7 +17,7 @@ from ..configs import ConfigError
 from .controls import one_at_a_time, problem_html, push_button
 from .history import family_runs, in_words, run_label, settings_of
 from .live import logs_with, read_record, time_words
-from ..runs import Run, run_facts
+from ..runs import run_facts
 from ..visualizers.curves import plot_bits_per_byte
 from ..visualizers.style import Figure
 

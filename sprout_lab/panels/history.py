@@ -17,7 +17,7 @@ import yaml
 
 from ..configs import ConfigError, read_mapping
 from .controls import one_at_a_time, problem_html, push_button
-from ..runs import Run, delete_run, list_runs, run_facts
+from ..runs import Run, delete_run, list_runs
 
 # %% ../../nbs/panels/history.ipynb #d4c2e6f1
 # these say which run it is, not what it does

@@ -10,7 +10,6 @@ __all__ = ['PanelBox', 'command_html', 'status_html', 'cost_words', 'EarlierRuns
 import atexit
 import html
 import threading
-import time
 import weakref
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from IPython.display import display
 from ..configs import ConfigError, RunConfig
 from ..families import load_model, objective_for
 from .background import Between, Samples, Training, error_words
-from .controls import Control, one_at_a_time, problem_html, push_button
+from .controls import one_at_a_time, problem_html, push_button
 from .estimate import Measuring, count_parameters, size_words, state_bytes
 from .form import Form, form_box
 from .history import (RunList, differences, family_runs, flat_settings, in_words,

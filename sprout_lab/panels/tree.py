@@ -81,10 +81,11 @@ def _level_names(traced: dict) -> list[tuple[str, int]]:
 def _failed(error: ConfigError) -> str:
     return f'<div style="color:#D55E00">{html.escape(str(error))}</div>'
 
-# %% ../../nbs/panels/tree.ipynb #e22913f9
+# %% ../../nbs/panels/tree.ipynb #48e2cf38
 _NOTE = ('<div style="font-size:12px;opacity:.65">attention of the node at this level of the path'
          "</div>")
 
+# %% ../../nbs/panels/tree.ipynb #e22913f9
 class Ask:
     """A field for a text, the way it takes through a tree, and what one node's attention did. Made
     by `ask`; shows itself in a cell. `show(text)` asks from code, `traced` is the last answer (see
@@ -92,7 +93,8 @@ class Ask:
 
     def __init__(self, model, tokenizer, text: str):
         if not hasattr(model, "tree"):
-            raise ConfigError(f"{type(model).__name__} has no tree; a model of the family sprout is "
+            raise ConfigError(f"{type(model).__name__} has no tree; a model of the family sprout "
+                              f"is "
                               "needed")
         self.model, self.tokenizer, self.traced = model, tokenizer, None
         wide, narrow = widgets.Layout(flex="1 1 auto", width="auto"), widgets.Layout(width="140px")

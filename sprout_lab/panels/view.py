@@ -15,7 +15,7 @@ import ipywidgets as widgets
 from ..metrics import evaluation_mode
 from .background import error_words
 from .controls import one_at_a_time, problem_html, push_button
-from .live import Record, Throttle, fill_record, plot_record, progress_html
+from .live import Record, Throttle, plot_record, progress_html
 from ..visualizers.style import new_figure
 from ..visualizers.tree import plot_tree
 

@@ -76,7 +76,7 @@ def start_trackers(trainer) -> None:
     if out.use_wandb and trainer.accelerator.is_main_process: trackers.append(_start_wandb(trainer))
     trainer.accelerator.trackers = trackers
 
-# %% ../../nbs/trainers/callbacks.ipynb #2b5e806d
+# %% ../../nbs/trainers/callbacks.ipynb #081e3cc8
 def _start_wandb(trainer):
     from accelerate.tracking import WandBTracker
     import wandb
@@ -110,6 +110,7 @@ def _wandb_login() -> bool:
     try: return any("wandb" in host for host in netrc.netrc().hosts)
     except (OSError, netrc.NetrcParseError): return False
 
+# %% ../../nbs/trainers/callbacks.ipynb #2b5e806d
 def _flat(mapping: dict, prefix: str = "") -> dict:
     "Nested settings as flat names with values that every tracker takes."
     flat = {}

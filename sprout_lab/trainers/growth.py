@@ -25,7 +25,8 @@ class GrowthPolicy:
         """One growth check; returns what happened at each router. `loss`: of the last evaluation,
         none before the first; `options`: `limit` and `optimizer` for `model.grow`."""
         model.tree.sync()
-        check_growth(model.tree)   # counts begin anew, so that the figures of every policy mean the same
+        # counts begin anew, so that the figures of every policy mean the same
+        check_growth(model.tree)
         return []
 
     def state(self) -> dict:

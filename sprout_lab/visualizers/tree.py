@@ -20,7 +20,7 @@ from matplotlib.patheffects import withStroke
 
 from ..configs import ConfigError
 from .style import (
-    PALETTE, QUIET, SEQUENTIAL, Figure, import_seaborn, new_figure, visible)
+    PALETTE, SEQUENTIAL, Figure, import_seaborn, new_figure, visible)
 
 # %% ../../nbs/visualizers/tree.ipynb #57e2762e
 def tree_layout(parents: list[int]) -> np.ndarray:

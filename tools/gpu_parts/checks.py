@@ -152,7 +152,8 @@ def sanitizer(report: Report, settings: Settings) -> None:
     if settings.device != "cuda": return report.absent("compute-sanitizer", "needs a GPU")
     code = ("import torch\n" "from gpu_parts.checks import KERNELS, kernel_errors\n"
             "from gpu_parts.report import Settings\n"
-            "for name in KERNELS: kernel_errors(name, Settings(quick=True), torch.float32, False)\n")
+            "for name in KERNELS: kernel_errors(name, Settings(quick=True), torch.float32, "
+            "False)\n")
     command = [program, "--error-exitcode", "9", sys.executable, "-c", code]
     path = os.pathsep.join([str(Path(__file__).parent.parent), str(root),
                             os.environ.get("PYTHONPATH", "")])
