@@ -678,13 +678,11 @@ class RunConfig:
     output: OutputConfig = field(default_factory=OutputConfig)
     objective: str | None = None
     sources: dict = field(default_factory=dict)
-
     def to_dict(self) -> dict:
         "Nested plain data, in the form of a configuration file."
         named = {"objective": self.objective} if self.objective else {}
         model = {"type": self.family, **named, **self.model}
         return {"model": model, **{name: getattr(self, name).model_dump() for name in sections}}
-
     def source(self, section: str, name: str) -> str:
         "Where a setting's value came from."
         known_as = "family" if (section, name) == ("model", "type") else name

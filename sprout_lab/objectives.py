@@ -127,7 +127,6 @@ class Objective(Scoring):
 # %% ../nbs/objectives.ipynb #df99e7a4
 class WritesText:
     "What a model shows that says what comes next: texts, continued."
-
     def respond(self, model, tokenizer, prompts: list[str],
                 sampling: SamplingConfig) -> Iterator[Fragment]:
         """What the model makes of `prompts`: a text for each prompt and each of `num_samples`,
@@ -140,7 +139,6 @@ class WritesText:
             texts = generate_text(model, tokenizer, prompts, sampling)
             asked = (prompt for prompt in prompts for _ in range(sampling.num_samples))
             for prompt, text in zip(asked, texts): yield Fragment(prompt + text, prompt + text)
-
     def sample(self, model, tokenizer, tokens, run, *, max_tokens: int,
                temperature: float = 0.8, top_k: int = 50) -> Iterator[str]:
         """A specimen of a run's model, in pieces: here a continuation of the run's

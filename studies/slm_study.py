@@ -1,17 +1,21 @@
-"""Flat SLM, HNetBit and Transformer at equal parameters and equal tokens; and what moves HNetBit's router, and what its target costs.
+"""Flat SLM, HNetBit and Transformer at equal parameters and equal tokens; and what moves HNetBit's
+router, and what its target costs.
 
     OMP_NUM_THREADS=1 python studies/slm_study.py --output studies/slm_study.json            (about 25 CPU minutes on one core, three seeds in all parts)
     OMP_NUM_THREADS=1 python studies/slm_study.py --only router targets --seeds 1
 
-All runs see the same text (Tiny Shakespeare as bytes), the same batches for a seed, the same number of steps, and are scored on the same windows: all held-out
+All runs see the same text (Tiny Shakespeare as bytes), the same batches for a seed, the same number
+of steps, and are scored on the same windows: all held-out
 text, once. The parts, in this order:
 
-- `rates`: every family tries the same optimizers and learning rates in a short run, with a seed that no other part uses. The best is what the other parts use.
+- `rates`: every family tries the same optimizers and learning rates in a short run, with a seed
+  that no other part uses. The best is what the other parts use.
 - `families`: the three families, every seed, `--steps` steps.
 - `router`: what moves the router to a target of 5 bytes, one thing changed at a time; short runs.
 - `targets`: HNetBit against its ratio target; short runs. The target of 5 is the run of `router`.
 
-The result file is written after every run and read at the start: a run with the same settings is not made again."""
+The result file is written after every run and read at the start: a run with the same settings is
+not made again."""
 import argparse
 import json
 import math

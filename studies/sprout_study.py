@@ -1,11 +1,16 @@
-"""A growing tree against plain encoders and the blind router, on masked bytes of Shakespeare, three seeds.
+"""A growing tree against plain encoders and the blind router, on masked bytes of Shakespeare, three
+seeds.
 
     python studies/sprout_study.py            (about five minutes on one idle CPU core)
 
-All see the same batches with the same gaps, use the same optimizer and schedule, and are scored on the same gaps in held-out text. "Path" is how many blocks
-a text passes (compute), "nodes" how many there are (parameters). The tree and the blind router grow during the run, so they compute a little less than
-their last shape says; CPU seconds are in the result. An encoder with as many parameters as the tree costs 5/3 of its compute per step, so it is given 3/5 of
-the steps, with a schedule of that length. Writes studies/sprout_study.json: nats per hidden byte and accuracy per variant and seed, with the settings."""
+All see the same batches with the same gaps, use the same optimizer and schedule, and are scored on
+the same gaps in held-out text. "Path" is how many blocks
+a text passes (compute), "nodes" how many there are (parameters). The tree and the blind router grow
+during the run, so they compute a little less than
+their last shape says; CPU seconds are in the result. An encoder with as many parameters as the tree
+costs 5/3 of its compute per step, so it is given 3/5 of
+the steps, with a schedule of that length. Writes studies/sprout_study.json: nats per hidden byte
+and accuracy per variant and seed, with the settings."""
 import argparse
 import json
 import math
@@ -47,7 +52,8 @@ def run(settings: dict, share: float, seed: int, train, held_out) -> dict:
     tokenizer, steps = ByteTokenizer(masked=True), round(STEPS * share)
     torch.manual_seed(seed)
     config = SproutConfig(**{**SHAPE, **settings})
-    model, training, policy = SproutForMaskedLM(config).train(), TrainingConfig(**TRAINING), make_policy(config.growth)
+    model, training, policy = (SproutForMaskedLM(config).train(), TrainingConfig(**TRAINING),
+                               make_policy(config.growth))
     optimizer, batches = build_optimizer(model, training), MaskedBatches(train, tokenizer, BATCH,
                                                                          LENGTH, seed=seed)
     begin = time.process_time()
@@ -58,7 +64,8 @@ def run(settings: dict, share: float, seed: int, train, held_out) -> dict:
         optimizer.step()
         optimizer.zero_grad()
         done = step + 1
-        if done >= config.growth_warmup and (done - config.growth_warmup) % config.growth_interval == 0:
+        if (done >= config.growth_warmup
+            and (done - config.growth_warmup) % config.growth_interval == 0):
             policy.grow(model, step=done, optimizer=optimizer)
     seconds = time.process_time() - begin
     scores = evaluate_model(model, MaskedWindows(held_out, tokenizer, LENGTH, 32), None,

@@ -1,6 +1,7 @@
 """The laws every causal model keeps, as functions over any model; each family's tests call them.
 
-They hold in float64 to 1e-6 on weights moved away from their neutral start (a zero projection or a gain of one hides mistakes)."""
+They hold in float64 to 1e-6 on weights moved away from their neutral start (a zero projection or a
+gain of one hides mistakes)."""
 
 import copy
 

@@ -14,7 +14,8 @@ import matplotlib
 import pytest
 
 root = Path(__file__).parent.parent
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMIUM = (os.environ.get("CHROMIUM") or shutil.which("chromium")
+            or shutil.which("chromium-browser") or shutil.which("google-chrome"))
 # a folder: keep pictures of what the browser showed
 SCREENSHOTS = os.environ.get("SPROUT_LAB_SCREENSHOTS")
 
@@ -122,7 +123,8 @@ def test_panel_and_playground_with_the_mouse(lab):
             page.wait_for_selector('button.widget-button[title="Run"]', timeout=60_000)
             page.wait_for_selector('button.widget-button[title="Write"]', timeout=30_000)
             button = lambda title: page.locator(f'button.widget-button[title="{title}"]').first
-            assert state(page) == "ready" and not page.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.stderr']").count()
+            assert (state(page) == "ready"
+                    and not page.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.stderr']").count())
             button("Run").scroll_into_view_if_needed()
             page.wait_for_timeout(300)
             picture(page, "panel_before")

@@ -45,7 +45,8 @@ def test_a_fork_changes_one_line(generator, monkeypatch):
     monkeypatch.setattr(generator, "address",
                         lambda: {"user": "someone", "repo": "fork", "branch": "trial"})
     text = generator.notebook("transformer")
-    assert "github.com/someone/fork@trial" in text and "github/someone/fork/blob/trial/colab/transformer.ipynb" in text
+    assert ("github.com/someone/fork@trial" in text
+            and "github/someone/fork/blob/trial/colab/transformer.ipynb" in text)
     assert f"{user}/{repo}" not in text
 
 
@@ -53,7 +54,9 @@ def test_a_fork_changes_one_line(generator, monkeypatch):
 def test_form(path):
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
-    assert notebook.metadata["accelerator"] == "GPU" and notebook.metadata["colab"]["gpuType"] == "T4" and notebook.metadata["colab"]["provenance"] == []
+    assert (notebook.metadata["accelerator"] == "GPU"
+            and notebook.metadata["colab"]["gpuType"] == "T4"
+            and notebook.metadata["colab"]["provenance"] == [])
     code = [c.source for c in notebook.cells if c.cell_type == "code"]
     assert all(not c.get("outputs") and c.get("execution_count") is None
                for c in notebook.cells if c.cell_type == "code")
@@ -98,14 +101,16 @@ def test_links_and_badges(path):
         target = "".join(target).split("#")[0]
         # a place in the page, or another machine's
         if not target or re.match(r"\w+:", target): continue
-        assert (path.parent / target).exists(), f"{target} does not exist beside {path.relative_to(root)}"
+        assert (path.parent / target).exists(), (f"{target} does not exist beside "
+                                                 f"{path.relative_to(root)}")
 
 
 # ---- the notebook in an environment of its own
 
 @pytest.fixture(scope="module")
 def clean(tmp_path_factory):
-    """A virtual environment that has everything the lab needs, except the lab; a repository at the public address; a kernel there that takes itself
+    """A virtual environment that has everything the lab needs, except the lab; a repository at the
+    public address; a kernel there that takes itself
     for Colab's or not. `clean(colab)` → a function that runs a notebook."""
     if shutil.which("git") is None or not (root / ".git").exists():
         pytest.skip("needs git and a checkout")
@@ -211,7 +216,8 @@ def test_top_to_bottom_as_in_colab_and_on_after_a_kill_elsewhere(clean):
                for kind in o.get("data",
                                  {})) == 2, "the panel and the playground are there, and wait for no one"
     run = home / "drive/MyDrive/sprout-lab" / name
-    assert (run / "checkpoints/step_40/model.safetensors").is_file() and "finished at step 40" in said and "bits per byte   gzip" in said
+    assert ((run / "checkpoints/step_40/model.safetensors").is_file()
+            and "finished at step 40" in said and "bits per byte   gzip" in said)
     assert next((home / "venv").glob("lib/python*/site-packages/sprout_lab/families.py")), "the install cell installed the lab"
     assert (home / "asked").read_text().splitlines() == [f"mount {home / 'drive'}",
                                                          f"download {name}.zip"]
@@ -235,7 +241,8 @@ def test_top_to_bottom_as_in_colab_and_on_after_a_kill_elsewhere(clean):
                                                                                                 41,
                                                                                                 5)]
     assert (second / "checkpoints/step_40/model.safetensors").read_bytes() == (run / "checkpoints/step_40/model.safetensors").read_bytes()
-    assert len((home / "asked").read_text().splitlines()) == 2, "outside Colab nothing is mounted and nothing downloaded"
+    assert len((home / "asked").read_text().splitlines()) == 2, ("outside Colab nothing is "
+                                                                 "mounted and nothing downloaded")
 
 
 def test_a_tree_killed_while_it_grows_goes_on_as_the_same_tree(clean):
@@ -250,8 +257,10 @@ def test_a_tree_killed_while_it_grows_goes_on_as_the_same_tree(clean):
                        check=True)
     said = clean(read("sprout"), "elsewhere", home / "whole")
     whole, torn = home / "whole/runs" / name, home / "torn/runs" / name
-    assert "Node limit reached: 5/5 nodes" in said and "finished at step 40" in said and "nats per hidden token" in said
-    assert (whole / "results/growth.html").is_file() and (whole / "results/growth.gif").read_bytes()[:4] == b"GIF8"
+    assert ("Node limit reached: 5/5 nodes" in said and "finished at step 40" in said
+            and "nats per hidden token" in said)
+    assert ((whole / "results/growth.html").is_file()
+            and (whole / "results/growth.gif").read_bytes()[:4] == b"GIF8")
     log = torn / "logs/tree_log.csv"
     # after the first growth (step 8) and before the last one (step 32)
     with pytest.raises(DeadKernelError):
@@ -261,7 +270,9 @@ def test_a_tree_killed_while_it_grows_goes_on_as_the_same_tree(clean):
     assert not (torn / "checkpoints/step_30").exists()
     said = clean(read("sprout"), "elsewhere", home / "torn")
     assert re.search(r"resumed from step_\d0", said) and "finished at step 40" in said
-    assert steps(torn) == steps(whole) and log.read_text() == (whole / "logs/tree_log.csv").read_text()
+    assert (steps(torn) == steps(whole)
+            and log.read_text() == (whole / "logs/tree_log.csv").read_text())
     assert (torn / "checkpoints/step_40/model.safetensors").read_bytes() == (whole / "checkpoints/step_40/model.safetensors").read_bytes()
     tree = json.loads((torn / "checkpoints/step_40/config.json").read_text())
-    assert len(tree["tree"]) == 5 and tree == json.loads((whole / "checkpoints/step_40/config.json").read_text())
+    assert (len(tree["tree"]) == 5
+            and tree == json.loads((whole / "checkpoints/step_40/config.json").read_text()))

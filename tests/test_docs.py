@@ -103,7 +103,8 @@ def test_formulas_have_no_tex_left(site):
 
 def test_it_has_a_dark_form_a_way_on_and_a_logo(site):
     page = (site / "guides/slm.html").read_text(encoding="utf-8")
-    assert 'data-md-color-scheme="slate"' in page and "md-footer__link--next" in page and "logo.svg" in page
+    assert ('data-md-color-scheme="slate"' in page and "md-footer__link--next" in page
+            and "logo.svg" in page)
 
 
 def test_search_for_install_leads_to_the_start(site):

@@ -1,4 +1,5 @@
-"""The families among Hugging Face's tools: AutoModel, Trainer, adapters, offloaded weights, caches and
+"""The families among Hugging Face's tools: AutoModel, Trainer, adapters, offloaded weights, caches
+and
 hidden states, and checkpoints of an earlier wiring."""
 import copy
 import json
@@ -288,7 +289,8 @@ def test_weights_of_the_earlier_wiring_say_so(tmp_path):
     config = SLMConfig(hidden_size=32, num_hidden_layers=1, use_short_conv=True)
     model = SimplifiedSLMForCausalLM(config).eval()
     model.save_pretrained(tmp_path)
-    path, words = tmp_path / "model.safetensors", "attn.convs.0.weight: was trained when a shared short"
+    path, words = (tmp_path / "model.safetensors",
+                   "attn.convs.0.weight: was trained when a shared short")
     weights = {name.replace("convs.shared", "convs.0"): t for name, t in load_file(path).items()}
     save_file(weights, path, {"format": "pt"})
     for load in (SimplifiedSLMForCausalLM.from_pretrained, AutoModel.from_pretrained, load_model):

@@ -14,7 +14,8 @@ from sprout_lab.visualizers.style import Figure
 
 root = Path(__file__).parent.parent
 EACH = pytest.mark.parametrize("name", list(families))
-TEXT = "To be, or not to be: that is the question. Whether 'tis nobler in the mind to suffer the slings and arrows. " * 8
+TEXT = ("To be, or not to be: that is the question. Whether 'tis nobler in the mind to suffer the "
+        "slings and arrows. " * 8)
 
 
 def small(name: str, objective: str | None = None, **fields):
@@ -35,8 +36,10 @@ def small(name: str, objective: str | None = None, **fields):
 @EACH
 def test_entry_is_complete(name):
     family = get_family(name)
-    assert set(SIZES) <= set(family.presets) and family.summary.endswith(".") and family.pictures and family.benchmark
-    assert set(family.top_settings) <= set(family.config_class.settings.model_fields) and family.top_settings
+    assert (set(SIZES) <= set(family.presets) and family.summary.endswith(".")
+            and family.pictures and family.benchmark)
+    assert (set(family.top_settings) <= set(family.config_class.settings.model_fields)
+            and family.top_settings)
     for objective in family.objectives: assert get_objective(objective).name == objective
     for study in family.studies: assert (root / study).exists(), study
     assert (root / f"nbs/guides/{name}.ipynb").exists() and (root / f"colab/{name}.ipynb").exists()

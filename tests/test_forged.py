@@ -148,7 +148,8 @@ def forgeries(whole: Path):
         names = sorted(load_file(path))
         for name in names[:: max(1, len(names) // 4)]:
             for what, change in TENSOR_CHANGES.items():
-                yield f"{path.name}: {name} {what}", path.name, lambda p, n=name, c=change: with_tensor(p, n, c)
+                (yield f"{path.name}: {name} {what}", path.name, lambda p, n=name,
+                 c=change: with_tensor(p, n, c))
     extra = {"config.json": {"attn_implementation": "someone/kernel",
                              "auto_map": {"AutoConfig": "a--b.C"},
                              "_attn_implementation": "hub/kernel:thing",

@@ -16,7 +16,9 @@ from sprout_lab.runs import Run, checkpoint_facts, read_log
 
 from shell import refused, shell
 
-SMALL = "--hidden_size 32 --num_layers 1 --batch_size 4 --gradient_accumulation_steps 1 --sequence_length 32 --warmup_steps 1 --eval_interval 2 --save_interval 2 --log_interval 1 --eval_batches 2 --mixed_precision none --device cpu --sample_tokens 20"
+SMALL = ("--hidden_size 32 --num_layers 1 --batch_size 4 --gradient_accumulation_steps 1 "
+         "--sequence_length 32 --warmup_steps 1 --eval_interval 2 --save_interval 2 "
+         "--log_interval 1 --eval_batches 2 --mixed_precision none --device cpu --sample_tokens 20")
 SMALL_HNET = SMALL.replace("--hidden_size 32 --num_layers 1",
                            "--d_model 16 --d_model 32 --num_blocks '[1, 0, 1]' --num_blocks '[1]'")
 
@@ -100,7 +102,8 @@ def test_tinystories_from_a_file_and_a_folder_of_the_hub(here):
                  "--max_seq_length 256")
     stats = json.loads(Path("data2/tinystories/stats.json").read_text())
     held = [stats["splits"][s]["num_documents"] for s in ("train", "validation")]
-    assert sum(held) == len(STORIES) and min(held) > 0 and f"{held[0]:,} documents" in said and "sequences of 256" in said
+    assert (sum(held) == len(STORIES) and min(held) > 0 and f"{held[0]:,} documents" in said
+            and "sequences of 256" in said)
     shell("prepare --input TinyStories.txt --output_dir ./data2/tinystories_small "
           "--max_seq_length 256 --max_samples 10")
     assert sum(s["num_documents"]
@@ -167,7 +170,8 @@ def test_the_guides_models(here, name, millions, guide_says, family):
     with torch.device("meta"): model = get_family(family).build(name)
     count = sum(p.numel() for p in model.parameters()) / 1e6
     assert round(count, 1) == millions and abs(count - guide_says) > 4
-    with_family, without = resolved(f"train {family} --model_config configs/{name}.json"), resolved(f"train --model_config configs/{name}.json")
+    with_family, without = (resolved(f"train {family} --model_config configs/{name}.json"),
+                            resolved(f"train --model_config configs/{name}.json"))
     assert with_family == without and (without["hidden_size"] if family == "slm"
                                        else without["d_model"])[1] == f"preset {name}"
 
@@ -220,7 +224,9 @@ def test_the_experiment_file(here):
 
 
 def test_train_directly(here):
-    line = "train {} --model_config configs/slm_base.json --data_path ./data/tinystories --batch_size 16 --learning_rate 3e-4 --max_steps 10000 --output_dir ./checkpoints/my_run"
+    line = ("train {} --model_config configs/slm_base.json --data_path ./data/tinystories "
+            "--batch_size 16 --learning_rate 3e-4 --max_steps 10000 --output_dir "
+            "./checkpoints/my_run")
     expected = {"hidden_size": 512, "data_dir": "./data/tinystories", "batch_size": 16,
                 "learning_rate": 3e-4, "max_steps": 10000, "output_dir": "./checkpoints/my_run"}
     for family in ("slm", ""): values(line.format(family), expected)
@@ -282,7 +288,8 @@ def test_the_experiment_from_beginning_to_end(here):
     results = json.loads(Path("evaluation_results/evaluation_results.json").read_text())
     assert {"bits_per_byte", "perplexity", "accuracy",
             "top5_accuracy"} <= set(results) and 0 <= results["generation"]["utf8_validity"] <= 1
-    assert 6 < results["bits_per_byte"] < 10 and results["perplexity"] == pytest.approx(2 ** results["bits_per_byte"], rel=0.05)
+    assert (6 < results["bits_per_byte"] < 10
+            and results["perplexity"] == pytest.approx(2 ** results["bits_per_byte"], rel=0.05))
     assert "utf8 validity" in said and "bits per byte" in said.lower()
     said = shell("evaluate --model_path ./checkpoints/my_experiment/step_2.pt --compare "
                  "./checkpoints/my_experiment/step_4.pt --data_dir ./data/tinystories "
@@ -304,7 +311,8 @@ def test_direct_training_and_resumption(here):
           f"--learning_rate 3e-4 --max_steps 4 --output_dir ./checkpoints/my_run {SMALL}")
     assert read_log(Run("checkpoints/my_run").training_log)["step"] == [1, 2, 3, 4]
     shell("train --resume_from ./checkpoints/my_run/step_4.pt --max_steps 6")
-    assert checkpoint_facts("checkpoints/my_run/latest.pt")["step"] == 6 and read_log(Run("checkpoints/my_run").training_log)["step"] == [1, 2, 3, 4, 5, 6]
+    assert (checkpoint_facts("checkpoints/my_run/latest.pt")["step"] == 6
+            and read_log(Run("checkpoints/my_run").training_log)["step"] == [1, 2, 3, 4, 5, 6])
     # an earlier step goes on beside what is there
     said = shell("train slm --resume_from ./checkpoints/my_run/step_4.pt --max_steps 6")
     assert "my_run-2" in said and checkpoint_facts("checkpoints/my_run-2/latest.pt")["step"] == 6
@@ -347,7 +355,8 @@ def test_comparing_checkpoints(here, capsys):
     assert list(results) == ["step_2", "step_4",
                              "best"] and all(word in table
                                              for word in ("step_2", "step_4", "best", "perplexity"))
-    assert results["step_2"]["loss"] != results["step_4"]["loss"] and results["best"]["loss"] in (results["step_2"]["loss"], results["step_4"]["loss"])
+    assert (results["step_2"]["loss"] != results["step_4"]["loss"]
+            and results["best"]["loss"] in (results["step_2"]["loss"], results["step_4"]["loss"]))
     assert {"bits_per_byte", "perplexity", "accuracy", "top5_accuracy"} <= set(results["best"])
 
 
@@ -398,8 +407,10 @@ def test_key_classes(trained):
     from sprout_lab.models.hnet import HNetBitForCausalLM
     from sprout_lab.models.slm import SimplifiedSLMForCausalLM
     from sprout_lab.trainers.trainer import Trainer
-    assert get_family("slm").model_class() is SimplifiedSLMForCausalLM and get_family("hnet").model_class() is HNetBitForCausalLM
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(trained / "checkpoints" / "best"), AutoTokenizer.from_pretrained(trained / "checkpoints" / "best")
+    assert (get_family("slm").model_class() is SimplifiedSLMForCausalLM
+            and get_family("hnet").model_class() is HNetBitForCausalLM)
+    model, tokenizer = (AutoModelForCausalLM.from_pretrained(trained / "checkpoints" / "best"),
+                        AutoTokenizer.from_pretrained(trained / "checkpoints" / "best"))
     assert isinstance(model, SimplifiedSLMForCausalLM) and isinstance(tokenizer,
                                                                       ByteTokenizer) and tokenizer.encode("né") == [110, 195, 169]
     assert callable(Trainer.train) and callable(Evaluator.evaluate)
@@ -407,12 +418,15 @@ def test_key_classes(trained):
 
 def test_logs_lead_to_the_run(here):
     "`log_dir` is a link, follows the newest run, and is never made over something else."
-    line = f"train slm --data_path ./data/tinystories --max_steps 1 {SMALL} --sample_tokens 0 --no_tensorboard"
+    line = (f"train slm --data_path ./data/tinystories --max_steps 1 {SMALL} --sample_tokens 0 "
+            f"--no_tensorboard")
     shell(f"{line} --output_dir one --log_dir logs/mine")
     shell(f"{line} --output_dir two --log_dir logs/mine")
-    assert Path("logs/mine").resolve() == Path("two/logs").resolve() and read_log("logs/mine/training_log.csv")["step"] == [1]
+    assert (Path("logs/mine").resolve() == Path("two/logs").resolve()
+            and read_log("logs/mine/training_log.csv")["step"] == [1])
     Path("taken").mkdir()
-    assert "is already there" in refused(f"{line} --output_dir three --log_dir taken") and not Path("three").exists()
+    assert ("is already there" in refused(f"{line} --output_dir three --log_dir taken")
+            and not Path("three").exists())
     shell(f"{line} --output_dir four --log_dir four")
     assert Path("four/logs").is_dir() and not Path("four").is_symlink()
 
@@ -424,5 +438,6 @@ def test_in_a_process_of_its_own(here, trained):
                           "--output_file", "out.txt"],
                          capture_output=True, env=os.environ
                          | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"})
-    assert out.returncode == 0 and Path("out.txt").read_text(encoding="utf-8").startswith("é"), out.stderr
+    assert (out.returncode == 0
+            and Path("out.txt").read_text(encoding="utf-8").startswith("é")), out.stderr
     assert "not UTF-8" in refused("generate --model_path ./trained/best.pt --prompt \udce9")

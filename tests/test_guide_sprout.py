@@ -1,4 +1,5 @@
-"""The training guide of SPROUT: every command line, flag, default, snippet and line of its console, with `sprout-lab train sprout` in place of its script and `sprout_lab` in place of
+"""The training guide of SPROUT: every command line, flag, default, snippet and line of its console,
+with `sprout-lab train sprout` in place of its script and `sprout_lab` in place of
 `sprout`. At full size as a dry run, at a small size for real."""
 import json
 import re
@@ -101,8 +102,11 @@ def test_every_flag_in_both_spellings():
 
 
 def test_debug_mode_is_a_preset_and_yields_to_flags():
-    rows, plain = resolved("train sprout --debug_mode --num_epochs 1 --batch_size 4"), resolved("train sprout --preset debug")
-    assert rows["batch_size"] == 4 and rows["num_epochs"] == 1.0 and rows["hidden_size"] == plain["hidden_size"] < 512 and plain["max_samples"] is not None
+    rows, plain = (resolved("train sprout --debug_mode --num_epochs 1 --batch_size 4"),
+                   resolved("train sprout --preset debug"))
+    assert (rows["batch_size"] == 4 and rows["num_epochs"] == 1.0
+            and rows["hidden_size"] == plain["hidden_size"] < 512
+            and plain["max_samples"] is not None)
 
 
 # ---- for real ------------------------------------------------------------------------------------
@@ -116,8 +120,10 @@ def test_the_quick_test_and_its_console(here):
     assert STRUCTURE.search(said), said
     run = Run(next((here / "runs").iterdir()))
     losses = read_log(run.eval_log)["loss"]
-    assert losses[0] > 5 and losses[-1] < 3.5 and f"{losses[-1]:.4f}" == loss, "it learns, and the summary says what the log says"
-    assert (run.results / "loss.png").exists() and not (run.results / "bits_per_byte.png").exists(), "a masked model's loss is no bits per byte"
+    assert (losses[0] > 5 and losses[-1] < 3.5
+            and f"{losses[-1]:.4f}" == loss), "it learns, and the summary says what the log says"
+    assert ((run.results / "loss.png").exists()
+            and not (run.results / "bits_per_byte.png").exists()), "a masked model's loss is no bits per byte"
     assert all(b is None for b in read_log(run.eval_log)["bits_per_byte"])
     assert read_log(run.logs / "tree_log.csv")["nodes"][-1] == 5
 
@@ -145,7 +151,8 @@ def test_full_training_in_small_and_its_checkpoint(here, tales):
              f"Total nodes: {checkpoint['model_info']['total_nodes']}",
              f"Total params: {checkpoint['model_info']['total_params']:,}")
     # the last step may reach into the next epoch
-    assert words[1] == f"Loss: {best:.4f}" and 0 < checkpoint["accuracy"] < 1 and 0 < checkpoint["epoch"] < 3.1
+    assert (words[1] == f"Loss: {best:.4f}" and 0 < checkpoint["accuracy"] < 1
+            and 0 < checkpoint["epoch"] < 3.1)
     from sprout_lab.families import load_model
     model, _ = load_model(f"{DRIVE}sprout_mlm_best.pt", log=lambda words: None)
     info = model.get_model_info()
@@ -154,7 +161,9 @@ def test_full_training_in_small_and_its_checkpoint(here, tales):
 
     assert len(shell("runs list --root drive/MyDrive/sprout").splitlines()) == 2
     said = shell(f"evaluate --model_path {DRIVE}")
-    assert "nats per token" in said and "hidden tokens" in said and "pseudo bits per byte" in said and not re.search(r"^\s*bits per byte", said, re.MULTILINE)
+    assert ("nats per token" in said and "hidden tokens" in said
+            and "pseudo bits per byte" in said
+            and not re.search(r"^\s*bits per byte", said, re.MULTILINE))
     filled = shell(f"generate --model_path {DRIVE} --prompt 'To be, or [MASK]ot to be' "
                    f"--temperature 0")
     assert re.fullmatch(r"To be, or \[.\]ot to be\n", filled, re.DOTALL)
@@ -202,16 +211,19 @@ def test_a_run_resumed_from_its_folder_goes_on_as_the_same_tree(here):
     assert (here / "whole/checkpoints/step_30/model.safetensors").read_bytes() == (here / "torn/checkpoints/step_30/model.safetensors").read_bytes()
     assert (here / "whole/logs/tree_log.csv").read_text() == (here / "torn/logs/tree_log.csv").read_text()
     shell("train sprout --resume_from torn --max_steps 34")
-    assert checkpoint_facts("torn")["step"] == 34 and checkpoint_facts("torn")["model_info"]["total_nodes"] == 5
+    assert (checkpoint_facts("torn")["step"] == 34
+            and checkpoint_facts("torn")["model_info"]["total_nodes"] == 5)
     assert "already holds a run" in refused("train sprout --checkpoint_dir whole --max_steps 30")
 
 
 def test_a_causal_tree_is_measured_in_bits_per_byte_and_writes(here):
     said = shell(f"train sprout --objective causal --dataset_name story.txt --max_steps 24 "
                  f"--output_dir causal {SMALL}")
-    assert "bits per byte" in said and "5/5 nodes" in said and (here / "causal/results/bits_per_byte.png").exists()
+    assert ("bits per byte" in said and "5/5 nodes" in said
+            and (here / "causal/results/bits_per_byte.png").exists())
     facts = checkpoint_facts("causal")
-    assert 2 < facts["bits_per_byte"] < 8 and abs(facts["bits_per_byte"] - facts["loss"] / 0.6931471805599453) < 1e-6
+    assert (2 < facts["bits_per_byte"] < 8
+            and abs(facts["bits_per_byte"] - facts["loss"] / 0.6931471805599453) < 1e-6)
     said = shell("evaluate --model_path causal --max_batches 8")
     assert re.search(r"bits per byte\s+\d\.\d{3}", said) and "hidden tokens" not in said
     one, two = (shell("generate --model_path causal --prompt 'My lord' --max_tokens 12 --seed "
@@ -288,7 +300,8 @@ def test_the_custom_training_loop(where, size, request, here, tales, capsys):
     names = {}
     exec(SNIPPET, names)   # noqa: S102
     said, ids = capsys.readouterr().out, names["input_ids"]
-    assert f"Logits shape: torch.Size([1, {ids.shape[1]}, {size}])\nRouting decisions: 0\nTotal nodes: 1\n" in said and "└── Node 0 (depth=0, children=0, usage=1)" in said
+    assert (f"Logits shape: torch.Size([1, {ids.shape[1]}, {size}])\nRouting decisions: 0\nTotal "
+            f"nodes: 1\n" in said and "└── Node 0 (depth=0, children=0, usage=1)" in said)
     assert (ids == names["tokenizer"].mask_token_id).sum() == 1, "[MASK] is one token"
 
     model = names["model"].train()   # and what makes it a loop: growth, as a step of it
@@ -301,11 +314,14 @@ def test_the_custom_training_loop(where, size, request, here, tales, capsys):
         optimizer.zero_grad()
         model.grow(optimizer=optimizer, step=step)
     outputs = model(input_ids=ids)
-    assert outputs["num_nodes"] == model.sprout.count_total_nodes() == 3 and len(outputs["path_log"]) == 2 and outputs["path_log"][0]["action"] == "routed"
+    assert (outputs["num_nodes"] == model.sprout.count_total_nodes() == 3
+            and len(outputs["path_log"]) == 2 and outputs["path_log"][0]["action"] == "routed")
     info = model.get_model_info()
     assert {"total_nodes", "max_nodes", "node_limit_reached", "total_params", "trainable_params",
             "sprout_stats"} <= set(info) and info["total_nodes"] == 3
-    assert model.sprout.get_structure()["children"] and model.sprout.get_statistics()["total_nodes"] == 3 and model.sprout.is_converged(window=100, threshold=0.001) is False
+    assert (model.sprout.get_structure()["children"]
+            and model.sprout.get_statistics()["total_nodes"] == 3
+            and model.sprout.is_converged(window=100, threshold=0.001) is False)
 
 
 # ---- what is wrong is said in a line

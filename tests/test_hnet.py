@@ -44,7 +44,8 @@ def test_laws(variant):
 @pytest.mark.parametrize("variant", ("one stage", "convolution", "two stages, attention"))
 @torch.no_grad()
 def test_every_split_of_a_ragged_batch(variant):
-    """Prefill to any point, then steps; rows of different lengths, padded on the left or right, cross
+    """Prefill to any point, then steps; rows of different lengths, padded on the left or right,
+    cross
     boundaries at different times."""
     model = perturbed(small(**VARIANTS[variant]))
     lengths, steps = (4, 9, 6), 5

@@ -43,7 +43,8 @@ def test_every_module_has_a_floor_and_imports_only_downwards():
     for name, path in modules().items():
         here = FLOORS[name.split("/")[0]]
         for other in imports(path, name):
-            assert FLOORS[other.split("/")[0]] <= here, f"{name} (floor {here}) imports {other} from above"
+            assert FLOORS[other.split("/")[0]] <= here, (f"{name} (floor {here}) imports {other} "
+                                                         f"from above")
 
 
 def test_no_circles():
@@ -69,7 +70,8 @@ def test_settings_pyproject_and_version_are_in_step():
     assert ini["version"] == version
     assert project["project"]["name"] == ini["lib_name"]
     assert project["project"]["requires-python"] == f">={ini['min_python']}"
-    assert project["tool"]["nbdev"]["lib_path"] == ini["lib_path"] and project["tool"]["nbdev"]["nbs_path"] == ini["nbs_path"]
+    assert (project["tool"]["nbdev"]["lib_path"] == ini["lib_path"]
+            and project["tool"]["nbdev"]["nbs_path"] == ini["nbs_path"])
     pins = {line.split("==")[0].lower(): line.split("==")[1]
             for line in (root / "constraints.txt").read_text().split() if "==" in line}
     assert pins["torch"] and pins["nbdev"] == re.search(r"nbdev==([\d.]+)",
@@ -89,7 +91,9 @@ def test_the_address_stands_in_settings_alone():
                              text=True).stdout.split()
     hand_written = [f for f in tracked if f.endswith((".py", ".toml", ".cfg")) or f == "Makefile"]
     for f in hand_written:
-        assert address not in (root / f).read_text(errors="ignore"), f"{f} names the repository's address; it stands in settings.ini"
+        assert address not in (root / f).read_text(errors="ignore"), (f"{f} names the "
+                                                                      f"repository's address; it "
+                                                                      f"stands in settings.ini")
 
 
 @pytest.mark.parametrize("statement", ["import sprout_lab", "import sprout_lab.configs",
@@ -104,7 +108,8 @@ def test_light_imports(statement):
 
 
 def test_help_loads_no_torch():
-    code = "import sys\nfrom sprout_lab.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\nsys.exit('torch' in sys.modules)"
+    code = ("import sys\nfrom sprout_lab.cli import main\ntry: main(['--help'])\nexcept "
+            "SystemExit: pass\nsys.exit('torch' in sys.modules)")
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
     assert shown.returncode == 0 and "train" in shown.stdout
 

@@ -233,7 +233,8 @@ def test_other_folders_of_the_environment_do_not_matter(tmp_path, name, kind):
     inherited = {k: v for k, v in os.environ.items() if k not in ("SPROUT_LAB_CACHE", "TMPDIR")}
     environment = {**inherited, "HOME": str(home), "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1",
                    name: str(folder)}
-    code = f"from sprout_lab.kernels.build import load_c; print(load_c({SOURCE!r}, 'answer').answer())"
+    code = (f"from sprout_lab.kernels.build import load_c; print(load_c({SOURCE!r}, "
+            f"'answer').answer())")
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], env=environment,
                           cwd=tmp_path,
                           capture_output=True, text=True, timeout=120)
@@ -280,4 +281,5 @@ def test_a_compiler_that_fails_is_told_once(cache, monkeypatch):
         assert build.load_c(SOURCE + " ", "answer") is None
         assert build.load_c(SOURCE + " ", "answer") is None
     (warning,) = caught
-    assert "cannot build the kernel answer" in str(warning.message) and "\n" not in str(warning.message)
+    assert ("cannot build the kernel answer" in str(warning.message)
+            and "\n" not in str(warning.message))

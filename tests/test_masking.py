@@ -33,9 +33,11 @@ def test_shares_and_special_tokens(name, mask_prob, whole, wordpiece):
     ids[:, ::17] = rules.pad_id
     seen, targets = mask_tokens(ids, rules, np.random.default_rng(0), mask_prob, whole)
     chosen = targets != -100
-    assert not chosen[ids == rules.pad_id].any() and (seen[~chosen] == ids[~chosen]).all() and (targets[chosen] == ids[chosen]).all()
+    assert (not chosen[ids == rules.pad_id].any() and (seen[~chosen] == ids[~chosen]).all()
+            and (targets[chosen] == ids[chosen]).all())
     assert abs(chosen[~rules.special[ids]].mean() - mask_prob) < 0.02
-    assert abs((seen == rules.mask_id)[chosen].mean() - 0.8) < 0.02 and abs((seen == ids)[chosen].mean() - 0.1) < 0.03
+    assert (abs((seen == rules.mask_id)[chosen].mean() - 0.8) < 0.02
+            and abs((seen == ids)[chosen].mean() - 0.1) < 0.03)
     assert not rules.special[seen[chosen & (seen != rules.mask_id)]].any()
     if whole:
         words = rules.words(ids[0])
@@ -76,7 +78,8 @@ def test_padding_gets_a_mask_and_no_target():
     tokens[::5] = 256
     batch = MaskedBatches(tokens, BYTES, 4, 40).batch(0)
     hidden = batch["attention_mask"] == 0
-    assert hidden.any() and (batch["labels"][hidden] == -100).all() and (batch["input_ids"][hidden] == 256).all()
+    assert (hidden.any() and (batch["labels"][hidden] == -100).all()
+            and (batch["input_ids"][hidden] == 256).all())
 
 
 def test_held_out_windows_are_fixed_and_cover_the_text():
@@ -138,8 +141,10 @@ def test_wordpiece_saves_and_loads(wordpiece, tmp_path):
     from transformers import AutoTokenizer
     wordpiece.save_pretrained(tmp_path)
     twin = AutoTokenizer.from_pretrained(tmp_path)
-    assert twin.encode("It was naive!") == wordpiece.encode("It was naive!") and twin.mask_token_id == wordpiece.mask_token_id
-    assert wordpiece.decode(wordpiece.encode("it was the best of times")) == "it was the best of times"
+    assert (twin.encode("It was naive!") == wordpiece.encode("It was naive!")
+            and twin.mask_token_id == wordpiece.mask_token_id)
+    assert (wordpiece.decode(wordpiece.encode("it was the best of times")) == "it was the best of "
+                                                                              "times")
 
 
 def test_the_published_vocabulary(lab_data):

@@ -53,7 +53,8 @@ def test_what_is_unwanted_is_seen():
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.relative_to(root).as_posix())
 def test_files(path):
-    assert path.stat().st_size <= LARGEST, f"{path.stat().st_size:,} bytes; smaller figures, or fewer"
+    assert path.stat().st_size <= LARGEST, (f"{path.stat().st_size:,} bytes; smaller figures, or "
+                                            f"fewer")
     notebook = json.loads(path.read_text(encoding="utf-8"))
     nbformat.validate(notebook)
     assert problems(notebook) == []

@@ -90,7 +90,8 @@ def test_a_mistake_is_one_line(small, change, words):
     p = panel("transformer", **{**small, **change})
     p.run()
     p.wait(30)
-    assert p.state == "failed" and words in p.message and "\n" not in p.message and "Traceback" not in p.message
+    assert (p.state == "failed" and words in p.message and "\n" not in p.message
+            and "Traceback" not in p.message)
     assert words.split("=")[0].split("/")[-1] in p.status.value
 
 
@@ -123,7 +124,8 @@ def test_stopped_in_an_evaluation_and_resumed_equals_never_stopped(small, tmp_pa
         return evaluate(trainer, limit)
     monkeypatch.setattr(Trainer, "evaluate", evaluate_and_stop)
     p.run()
-    assert p.wait(30) and p.state == "stopped" and p.trainer.step == 0 and p.message.startswith("at step 0")
+    assert (p.wait(30) and p.state == "stopped" and p.trainer.step == 0
+            and p.message.startswith("at step 0"))
     assert json.loads((tmp_path / "run/experiment_summary.json").read_text())["state"] == "stopped"
     p.resume()
     assert p.wait(30) and p.state == "stopped" and p.trainer.step == 40 and p.model is not None
@@ -145,12 +147,15 @@ def test_run_stop_resume_reset(small):
     deadline = time.monotonic() + 30
     while not (p.trainer is not None and p.trainer.step > 25):
         assert time.monotonic() < deadline and p.wait(0.01) is False
-    assert p.buttons["Run"].disabled and not p.buttons["Stop"].disabled and p.buttons["Resume"].disabled
+    assert (p.buttons["Run"].disabled and not p.buttons["Stop"].disabled
+            and p.buttons["Resume"].disabled)
     p.stop()
     assert p.wait(10) and p.state == "stopped"
     step, model = p.trainer.step, p.model
-    assert step in p.trainer.run.steps() and model is not None and "what it writes" in p.sample.value
-    assert not p.buttons["Run"].disabled and p.buttons["Stop"].disabled and not p.buttons["Resume"].disabled
+    assert (step in p.trainer.run.steps() and model is not None
+            and "what it writes" in p.sample.value)
+    assert (not p.buttons["Run"].disabled and p.buttons["Stop"].disabled
+            and not p.buttons["Resume"].disabled)
     p.run()   # the folder is taken: said, not overwritten
     p.wait(10)
     assert p.state == "failed" and "already holds a run" in p.message
@@ -200,7 +205,9 @@ def test_playground_and_its_mistakes(small):
                                        or "no model yet" in play.message)
     p.wait(30)
     play.write()
-    assert play.wait(30) and play.state == "ready" and play.page.value.count("<input") == len([piece for piece in play.pieces if piece.surprise])
+    assert (play.wait(30) and play.state == "ready"
+            and play.page.value.count("<input") == len([piece for piece in play.pieces
+                                                        if piece.surprise]))
     play.controls["max_tokens"].value = max(v for _, v in play.controls["max_tokens"].options)
     play.write()
     assert play.wait(30) and play.state == "failed" and "max_position_embeddings=64" in play.message
@@ -218,7 +225,8 @@ def test_stop_while_writing(small):
     play.write()
     while not play.pieces: assert play.running
     play.stop()
-    assert play.wait(5) and play.state == "ready" and "stopped" in play.message and 0 < len(play.pieces) < 1500
+    assert (play.wait(5) and play.state == "ready" and "stopped" in play.message
+            and 0 < len(play.pieces) < 1500)
 
 
 def test_compare_survives_what_is_no_run(small, tmp_path):
@@ -286,13 +294,16 @@ def test_two_thousand_steps_leave_a_small_notebook(tmp_path, monkeypatch):
     # a table and a figure; shown again by name; from a thread
     assert kinds == [[], ["text/html", "image/png"], ["text/html", "image/png"],
                      ["text/html", "image/png"]], kinds
-    assert "step 2,000 of 2,000" in notebook.cells[1].outputs[0].data["text/html"] and "finished" in notebook.cells[2].outputs[0].data["text/html"]
+    assert ("step 2,000 of 2,000" in notebook.cells[1].outputs[0].data["text/html"]
+            and "finished" in notebook.cells[2].outputs[0].data["text/html"])
     assert size < 1_000_000, size
 
 
 def test_no_notebook_carries_the_state_of_its_widgets():
     for path in root.glob("nbs/panels/*.ipynb"):
-        assert "widgets" not in json.loads(path.read_text())["metadata"], f"{path.name}: execute it without storing widget state"
+        assert "widgets" not in json.loads(path.read_text())["metadata"], (f"{path.name}: execute "
+                                                                           f"it without storing "
+                                                                           f"widget state")
 
 
 ALLOWED = {"Accordion", "BoundedIntText", "Button", "Checkbox", "Combobox", "Dropdown",

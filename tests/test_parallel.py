@@ -117,7 +117,8 @@ def test_two_processes_give_the_losses_of_one(tmp_path, alone, mode):
             assert run.generations.exists() and run.evaluation.exists()
             assert json.loads(run.summary.read_text())["state"] == "finished"
         model, _ = load_model(run.step_folder(16))
-        assert type(model) is TransformerForCausalLM and model.config.architectures == ["TransformerForCausalLM"]
+        assert (type(model) is TransformerForCausalLM
+                and model.config.architectures == ["TransformerForCausalLM"])
         for (key, a), b in zip(alone[name].model.state_dict().items(), model.state_dict().values()):
             assert (a - b).abs().max() < 1e-3, key
 
@@ -188,4 +189,5 @@ def test_models_and_processes_that_cannot_work_are_refused(tmp_path, data):
                    {"parallel": "sharded", "batch_size": 3, "output_dir": tmp_path / "odd"},
                    {"parallel": "tensor", "hidden_size": 48, "num_heads": 3,
                     "output_dir": tmp_path / "heads"})
-    assert "batch_size=3" in said and "num_attention_heads=3" in said and len(said.splitlines()) == 2
+    assert ("batch_size=3" in said and "num_attention_heads=3" in said
+            and len(said.splitlines()) == 2)

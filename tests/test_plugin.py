@@ -101,9 +101,11 @@ def lab(installed, folder, line: str, code: int = 0) -> subprocess.CompletedProc
 def test_a_package_outside_adds_a_family(installed, tmp_path):
     listed = lab(installed, tmp_path, "families")
     assert "A leaky sum of what was read." in listed.stdout and "torn" not in listed.stdout
-    assert listed.stderr.count("\n") == 1 and "the family torn of torn_family:family is left out: No module" in listed.stderr
+    assert (listed.stderr.count("\n") == 1
+            and "the family torn of torn_family:family is left out: No module" in listed.stderr)
 
-    short = "--batch_size 4 --eval_batches 1 --eval_interval 4 --save_interval 4 --tensorboard false --sample_tokens 8 --device cpu"
+    short = ("--batch_size 4 --eval_batches 1 --eval_interval 4 --save_interval 4 --tensorboard "
+             "false --sample_tokens 8 --device cpu")
     lab(installed, tmp_path, f"train leaky --max_steps 8 "
                              f"{short.replace('--tensorboard false', '--no_tensorboard')} "
                              f"--output_dir run")

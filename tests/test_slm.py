@@ -68,7 +68,8 @@ def test_padding_may_be_anywhere_and_hold_anything():
 
 @torch.no_grad()
 def test_float32_states_do_not_depend_on_the_batch():
-    """Ternary products and the scan are exact or of fixed order: in float32 a row alone or in a batch
+    """Ternary products and the scan are exact or of fixed order: in float32 a row alone or in a
+    batch
     has the same bits up to the head; in pieces, up to the last bit of torch's own sigmoid."""
     model = small(hidden_size=48).eval()
     ids = random_ids(model, 5, 30)

@@ -201,7 +201,8 @@ def test_a_text_can_be_traced():
     for routing in ("sequence", "token"):
         model = build(tree=TREES[-1], routing=routing, vocab_size=259).train()
         answer = trace(model, tokenizer, "to be")
-        assert model.training and answer["tokens"] == list("to be") and len(answer["attentions"]) == 3
+        assert (model.training and answer["tokens"] == list("to be")
+                and len(answer["attentions"]) == 3)
         paths = [answer["path"]] if routing == "sequence" else answer["path"]
         for number, path in enumerate(paths):
             assert path[0] == 0 and [TREES[-1][child] for child in path[1:]] == path[:-1]

@@ -149,7 +149,8 @@ def test_a_run_is_not_overwritten(tmp_path, data):
     with pytest.raises(ConfigError, match="already holds a run"): trainer(tmp_path / "run", data)
     with trainer(tmp_path / "other", data).run.lock():
         with pytest.raises(ConfigError, match="another process"):
-            code = f"from sprout_lab.runs import Run\nwith Run({str(tmp_path / 'other')!r}).lock(): pass"
+            code = (f"from sprout_lab.runs import Run\nwith "
+                    f"Run({str(tmp_path / 'other')!r}).lock(): pass")
             out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
             raise ConfigError(out.stderr.strip().splitlines()[-1])
 
@@ -166,7 +167,8 @@ def test_nan_guard_rolls_back_and_goes_on(tmp_path, data):
     said = []
     t = trainer(tmp_path / "run", data, [Poison(7)], said)
     t.train()
-    assert t.step == 20 and t.rollbacks == 1 and t.lr_backoff == 0.5 and torch.isfinite(weights(t.model)).all()
+    assert (t.step == 20 and t.rollbacks == 1 and t.lr_backoff == 0.5
+            and torch.isfinite(weights(t.model)).all())
     assert any("back to step 5" in line for line in said)
     log = read_log(t.run.training_log)
     assert log["step"] == list(range(2, 21, 2)) and all(math.isfinite(v) for v in log["loss"])

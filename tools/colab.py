@@ -1,7 +1,10 @@
-"""colab/<family>.ipynb for every family of the register, from tools/colab_template.ipynb. `--check` only says whether they are in step.
+"""colab/<family>.ipynb for every family of the register, from tools/colab_template.ipynb. `--check`
+only says whether they are in step.
 
-A cell of the template stands in every notebook, unless a tag says otherwise: `objective:NAME` for families of that objective, `picture:NAME` for families that
-have that picture, `each-picture` once for each of a family's pictures. `{{name}}` stands for a fact of the family, of the picture, or of the address in
+A cell of the template stands in every notebook, unless a tag says otherwise: `objective:NAME` for
+families of that objective, `picture:NAME` for families that
+have that picture, `each-picture` once for each of a family's pictures. `{{name}}` stands for a fact
+of the family, of the picture, or of the address in
 settings.ini."""
 import json
 import sys

@@ -1,7 +1,10 @@
-"""The documentation as a site in site/, offline: guides first, a page for every notebook, the API from the docstrings, formulas as MathML, search.
+"""The documentation as a site in site/, offline: guides first, a page for every notebook, the API
+from the docstrings, formulas as MathML, search.
 
-nbconvert makes Markdown of the notebooks, mkdocstrings reads the library's signatures and docstrings, mkdocs with the material theme makes the site. Here is
-what is ours: which cells are shown and how, where links lead, and a check that nothing is broken and nothing is loaded from the network."""
+nbconvert makes Markdown of the notebooks, mkdocstrings reads the library's signatures and
+docstrings, mkdocs with the material theme makes the site. Here is
+what is ours: which cells are shown and how, where links lead, and a check that nothing is broken
+and nothing is loaded from the network."""
 import ast
 import html
 import json
@@ -83,7 +86,8 @@ def public_names(source: str) -> list[str]:
 
 
 class Shown(Preprocessor):
-    """What a reader sees of a notebook: hidden cells are gone; an exported definition is its signature and docstring, read from the library, with the source a click
+    """What a reader sees of a notebook: hidden cells are gone; an exported definition is its
+    signature and docstring, read from the library, with the source a click
     away; a demonstration is code with its output; what needs a kernel (widgets) is left out."""
 
     def preprocess(self, notebook, resources):
@@ -234,7 +238,9 @@ def settings_page() -> str:
 def names_page() -> str:
     "The spellings of other scripts that are understood."
     from sprout_lab.configs import aliases_table
-    return f"# Other people's names\n\nOne thing has one name here. The names that other scripts use are understood, too, as flags (with dashes or underscores), in files and in notebooks.\n\n{aliases_table()}\n"
+    return (f"# Other people's names\n\nOne thing has one name here. The names that other scripts "
+            f"use are understood, too, as flags (with dashes or underscores), in files and in "
+            f"notebooks.\n\n{aliases_table()}\n")
 
 
 

@@ -671,7 +671,6 @@ def _text_ids(vocab: dict[int, bytes], special_ids: set[int]) -> dict[bytes, int
 # %% ../../nbs/data/tokenizers.ipynb #681abb11
 class BPEEncoder(BPEVocabulary):
     "A `BPEVocabulary` that encodes: GPT-2's pre-tokenization, then merges. Arguments as there."
-
     def __init__(self, vocab, merges, special_tokens=None, eos_token=None):
         super().__init__(vocab, merges, special_tokens, eos_token)
         self._order = [bytes([b]) for b in range(256)] + [a + b for a, b in self.merges]
@@ -683,11 +682,9 @@ class BPEEncoder(BPEVocabulary):
         self._ids = np.array([ids[t] for t in self._order], np.int64)   # rank → id
         self._special = _special_pattern(self.special_tokens)
         self._engine = None   # made when it is first needed
-
     def _encode_ordinary(self, text: str) -> np.ndarray:
         if self._engine is None: self._engine = _make_engine(self.merges, self._order)
         return self._ids[self._engine(text)]
-
     def encode_array(self, text: str) -> np.ndarray:
         "The ids of `text`, int64 [tokens]; special tokens in it become their ids."
         _utf8(text)   # refuses what has no UTF-8 form
@@ -698,7 +695,6 @@ class BPEEncoder(BPEVocabulary):
             ids.append(self._encode_ordinary(part))
             if special is not None: ids.append(np.array([self.special_tokens[special]]))
         return np.concatenate(ids)
-
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         "The ids of `text`. Nothing is added; `add_special_tokens` is for callers that name it."
         return self.encode_array(text).tolist()
@@ -783,11 +779,9 @@ def _to_hf(tokenizer: BPEEncoder) -> PreTrainedTokenizerFast:
 class Tokenizer(BPEEncoder):
     """Byte-level BPE with GPT-2's pre-tokenization. Arguments as in `BPEVocabulary`; `from_files`
     and `from_hf` read one, `save_pretrained` writes it."""
-
     def __repr__(self):
         special = f"special: {list(self.special_tokens)}"
         return f"Tokenizer({len(self):,} tokens, {len(self.merges):,} merges, {special})"
-
     def __reduce__(self):
         return (Tokenizer, (self.vocab, self.merges, list(self.special_tokens), self.eos_token))
 
@@ -869,10 +863,8 @@ def _sentencepiece_special(model) -> tuple[dict[int, AddedToken], dict[str, Adde
 # %% ../../nbs/data/tokenizers.ipynb #f82c0e22
 class SentencePieceTokenizer(PreTrainedTokenizer):
     "A SentencePiece `.model` file with exactly its ids. Needs the package `sentencepiece`."
-
     model_input_names = ["input_ids", "attention_mask"]
     vocab_files_names = {"vocab_file": "tokenizer.model"}
-
     def __init__(self, vocab_file, **kwargs):
         self._raw = b"".join(read_blocks(Path(vocab_file)))
         self.model = _sentencepiece_model(vocab_file, self._raw)

@@ -44,7 +44,6 @@ def evaluating(model):
 class RowOperations:
     """What can be done with the rows of a `DecodingState`. All but `fork` change the state they
     are given."""
-
     def fork(self, state: DecodingState, n: int = 1) -> DecodingState:
         """A new state with each row `n` times, copies beside each other; the old one stays as
         it is."""
@@ -55,7 +54,6 @@ class RowOperations:
         mask = None if state.mask is None else state.mask[rows]
         logits, lengths = state.logits[rows], state.lengths[rows]
         return DecodingState(logits, lengths, cache, mask, state.columns, state.longest)
-
     def select(self, state: DecodingState, rows) -> DecodingState:
         "Keep `rows` (indices, in any order, repeats allowed), in that order."
         rows = torch.as_tensor(rows, device=state.lengths.device)

@@ -35,7 +35,6 @@ class StridedWindows:
 
     `tokens`: a `TokenFile` or a one-dimensional array of ids. `max_batches`: of whole windows,
     spread evenly. Raises `ConfigError` for a stride above the length."""
-
     def __init__(self, tokens, sequence_length: int, stride: int, batch_size: int,
                  max_batches: int | None = None):
         if not 1 <= stride <= sequence_length:
@@ -49,16 +48,13 @@ class StridedWindows:
         if max_batches is not None and max_batches * batch_size < len(self._windows):
             whole, kept = 1 + beyond_first // stride, max_batches * batch_size
             self._windows = np.arange(kept) * whole // kept
-
     @property
     def context(self) -> str:
         "How much context a token has, in words."
         least = self.sequence_length - self.stride
         return (f"windows of {self.sequence_length} tokens, stride {self.stride} "
                 f"(at least {least} tokens before each)")
-
     def __len__(self) -> int: return math.ceil(len(self._windows) / self.batch_size)
-
     def __getitem__(self, index: int) -> dict:
         if not 0 <= index < len(self): raise IndexError(index)
         some = self._windows[index * self.batch_size:(index + 1) * self.batch_size]
@@ -70,7 +66,6 @@ class StridedWindows:
         batch = {"input_ids": inputs, "shift_labels": targets}
         if missing.any(): batch["attention_mask"] = (~missing).long()
         return batch
-
     def __iter__(self): return (self[i] for i in range(len(self)))
 
 # %% ../../nbs/evaluation/contexts.ipynb #27955d36

@@ -19,7 +19,6 @@ from ..models.sprout import SproutConfig, SproutForMaskedLM
 
 # %% ../../nbs/evaluation/tree_benchmarks.ipynb #dc3b91a4
 TREE, BATCH, LENGTH, VOCABULARY, HEADS, DROPOUT = [-1, 0, 0, 1, 1], 32, 128, 259, 4, 0.1
-
 class PrototypeNode(nn.Module):
     """A node of the prototype: post-norm attention and feed-forward network, and a router that
     attends to one key."""
@@ -32,11 +31,9 @@ class PrototypeNode(nn.Module):
         self.router, self.gate = nn.MultiheadAttention(width, HEADS,
                                                        batch_first=True), nn.Linear(width, 1)
         self.key = nn.Parameter(torch.randn(1, 1, width)) if has_key else None
-
     def forward(self, x):
         x = self.norm1(x + self.attention(x, x, x)[0])
         return self.norm2(x + self.ffn(x))
-
 class Prototype(nn.Module):
     "The prototype's tree with its masked head; `forward` returns the loss."
     def __init__(self, width: int):
@@ -45,7 +42,6 @@ class Prototype(nn.Module):
         self.nodes = nn.ModuleList(PrototypeNode(width, parent >= 0) for parent in TREE)
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(),
                                   nn.LayerNorm(width), nn.Linear(width, VOCABULARY))
-
     def forward(self, input_ids, labels):
         x = self.embedding(input_ids) + self.positions(torch.arange(input_ids.shape[1]))
         node_id = 0
@@ -100,7 +96,9 @@ def peak_memory(side: str, width: int, batch: int = BATCH) -> float | None:
     """Peak memory in MiB of a process of its own that makes one side and takes three steps, above
     what it held before; none where the system does not tell (it is Linux's /proc)."""
     if not Path("/proc/self/clear_refs").exists(): return None
-    code = f"import torch; from sprout_lab.evaluation.tree_benchmarks import _measure_memory; torch.set_num_threads({torch.get_num_threads()}); print(_measure_memory({side!r}, {width}, {batch}))"
+    code = (f"import torch; from sprout_lab.evaluation.tree_benchmarks import _measure_memory; "
+            f"torch.set_num_threads({torch.get_num_threads()}); print(_measure_memory({side!r}, "
+            f"{width}, {batch}))")
     return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
                                 check=True).stdout.split()[-1])
 

@@ -691,13 +691,11 @@ class TernaryStep:
     embedding and head are read where they are. float32 and float64 on the CPU, states without
     gaps, run in C; others by the definition. Not for two threads at once: it works on memory of
     its own."""
-
     def __init__(self, embedding: Tensor, stage: StepStage, head: Tensor):
         _check_model(embedding, stage, head)
         self.embedding, self.stage, self.head = embedding.detach(), stage, head.detach()
         self.dtype, self.depth, self._shapes = embedding.dtype, stage.depth(), stage.state_shapes()
         self._plan, self._in_c, self._known = None, None, (None, None)
-
     def new_states(self, batch: int) -> list[Tensor]:
         "Zeros: the states before the first byte."
         return [torch.zeros(batch, *shape, dtype=self.dtype if shape else torch.bool)

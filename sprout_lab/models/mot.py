@@ -29,7 +29,6 @@ from sprout_lab.models.transformer import (
 class MoTConfig(TransformerConfig):
     "Shape of a mixture of thoughts: a Transformer's, and its thought layers'."
     model_type = "sprout_mot"
-
     vocab_size: Annotated[int, setting(
         "Number of different tokens.", ge=2, le=2**24, unit="tokens", log=True)] = 50_257
     hidden_size: Annotated[int, setting("Width of the model.", ge=2, le=2**15, unit="channels",
@@ -96,7 +95,8 @@ def grouped_linear(x, weight, counts: list[int]):
     """The same for rows sorted by branch: `counts[e]` rows for branch e, in order. On a GPU in bf16 one
     grouped matrix product where torch has it."""
     fast = getattr(torch, "_grouped_mm", None)
-    if fast is not None and x.is_cuda and x.dtype == torch.bfloat16 and x.shape[1] % 8 == 0 and weight.shape[1] % 8 == 0:
+    if (fast is not None and x.is_cuda and x.dtype == torch.bfloat16 and x.shape[1] % 8 == 0
+        and weight.shape[1] % 8 == 0):
         ends = torch.tensor(counts, device=x.device).cumsum(0).to(torch.int32)
         return fast(x, weight.to(x.dtype).transpose(1, 2), offs=ends)
     # unbind, not indexing: its backward stacks the gradients, indexing would add up E arrays of
@@ -358,7 +358,8 @@ def thought_record(model, given, attention_mask, creativity=None, generator=None
     if creativity.shape != (batch,):
         raise ConfigError(f"creativity has shape {tuple(creativity.shape)}; a number, or one for "
                           f"each of {batch} rows is needed")
-    creativity = creativity.to(given.device) if bool((creativity > 0).any()) and model.config.noise_scale else None
+    creativity = (creativity.to(given.device) if bool((creativity > 0).any())
+                  and model.config.noise_scale else None)
     real = None
     if attention_mask is not None and attention_mask.dim() == 2:
         real = attention_mask[:, -length:].bool().reshape(-1)

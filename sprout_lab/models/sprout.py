@@ -385,7 +385,6 @@ def _register_counts(node: nn.Module, d_model: int) -> None:
 class SproutNode(GradientCheckpointingLayer):
     """One node of the tree: attention → feed-forward network → router. `forward` is the first two;
     the tree asks the router. Its counts: see `_register_counts`."""
-
     def __init__(self, config: SproutConfig, rope, parent: int, depth: int):
         super().__init__()
         d, eps, heads = config.hidden_size, config.rms_norm_eps, config.num_attention_heads
@@ -399,12 +398,10 @@ class SproutNode(GradientCheckpointingLayer):
         # comes with the first child: unused parameters confuse data parallel training
         self.router = None
         _register_counts(self, d)
-
     def add_router(self) -> None:
         "Give the node a router, on its own device and in its own precision."
         router = Router(self.query.shape[0], self.input_layernorm.eps, self.kind)
         self.router = router.to(self.input_layernorm.weight)
-
     def forward(self, hidden_states, *, cos_sin=None, mask=None, context_bias=None,
                 tokens: TokenSelection | None = None, past_key_values=None, layer_idx: int = 0,
                 attentions: list | None = None):
@@ -1031,7 +1028,6 @@ def _add_over_processes(counts: list[torch.Tensor], before: list[torch.Tensor]) 
 # %% ../../nbs/models/sprout.ipynb #f1c5665a
 class CountingTree(SproutTree):
     "A tree that counts who came where in training, and tells of it."
-
     @torch.no_grad()
     def count(self, walk: TreeWalk) -> None:
         "Add what a training step's walk saw to the counts."
@@ -1048,7 +1044,6 @@ class CountingTree(SproutTree):
         index = (self.trend_length % len(self.trend)).view(1)
         self.trend.index_copy_(0, index, mean.to(self.trend.dtype))
         self.trend_length += 1
-
     def _counts(self) -> list[torch.Tensor]:
         names = ("usage", "arrived", "compatibility", "query")
         return [getattr(node, name) for node in self.nodes for name in names]

@@ -387,7 +387,6 @@ class Live(Watch):
     `baselines`: name → score, dashed in the figure; by default those of the held-out text.
     `style`, `put_table`, `put_figure`: see `Screen`; `screen`: another object with its `update`.
     Shown in a cell (`live`), the object shows the present state there, and goes on doing so."""
-
     def __init__(self, baselines: dict[str, float] | None = None, put_table=None, put_figure=None,
                  where: str | None = None, interval: float = 0.5, style: str = "light",
                  screen=None):

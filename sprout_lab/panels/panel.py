@@ -131,7 +131,6 @@ class KeptData:
 # %% ../../nbs/panels/panel.ipynb #5c247e7c
 class _PanelState:
     "What a panel says: its `state` and `message`, the command, the runs on the disk."
-
     def enter(self, state: str, message: str | None = None) -> None:
         "Go into a state: ready, running, measuring, stopping, stopped, finished or failed."
         self.state = state
@@ -143,14 +142,11 @@ class _PanelState:
         self.shown.status.value = status_html(state, self.message)
         offers = self.folder is None and not busy and self.shown.offer.options
         self.shown.offer_row.layout.display = None if offers else "none"
-
     def refuse(self, error: Exception) -> None:
         "Go into the state failed, and say why."
         self.error = error
         self.enter("failed", error_words(error))
-
     def log(self, *words) -> None: self.enter(self.state, " ".join(map(str, words)))
-
     @one_at_a_time
     def settings_changed(self) -> None:
         "Follow the controls: the command, what the run would cost, or why it cannot be."
@@ -250,7 +246,6 @@ def _resumed(run: RunConfig, folder) -> RunConfig:
 # %% ../../nbs/panels/panel.ipynb #5ef940ea
 class _PanelButtons(_PanelRuns):
     "What a panel's buttons do; each returns at once."
-
     @one_at_a_time
     def run(self) -> None:
         "Train from the beginning, in a folder of its own."
@@ -259,7 +254,6 @@ class _PanelButtons(_PanelRuns):
         except ConfigError as error: return self.refuse(error)
         self.earlier.remember(self.view.record, self.settings)
         self.begin(run)
-
     @one_at_a_time
     def resume(self) -> None:
         """Go on from the last checkpoint of the run that is shown, with the settings as they are

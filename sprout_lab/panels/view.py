@@ -64,7 +64,6 @@ def text_html(title: str, text: str) -> str:
 class RunView:
     """What is seen of a run: `table`, `picture`, `tree` and `sample` in `box`. It is a `Screen`
     for `Live`; `earlier` are the records that stay as pale lines, by name."""
-
     def __init__(self):
         self.handling, parts = (threading.RLock(),
                                 [widgets.HTML(layout=widgets.Layout(width="auto"))
@@ -73,14 +72,12 @@ class RunView:
         self.choices = _CurveChoices(self.draw)
         self.box = widgets.VBox([self.table, self.choices.box, *parts[1:]])
         self.clear()
-
     def clear(self) -> None:
         "Show nothing."
         self.record, self.facts, self.earlier, self.drawn = Record(), {}, {}, 0
         self.table_throttle, self.figure_throttle = Throttle(), Throttle()
         for part in (self.table, self.picture, self.tree, self.sample): part.value = ""
         self.choices.box.layout.display = "none"
-
     def update(self, record: Record, facts: dict, always: bool = False) -> None:
         """Show a record as it is now, no more often than a `Throttle` allows; `always`: in any
         case."""
@@ -88,7 +85,6 @@ class RunView:
         if always or self.table_throttle.ready(): _timed(self.table_throttle, self.show_table)
         grown = record.size != self.drawn and self.figure_throttle.ready()
         if always or grown: _timed(self.figure_throttle, self.draw)
-
     def put_sample(self, title: str, text: str) -> None: self.sample.value = text_html(title, text)
 
     def show_table(self) -> None:

@@ -346,7 +346,6 @@ class StopOnSignal(Callback):
 class Console(Callback):
     "A line per evaluation, and bars in a terminal."
     order = 50
-
     def __init__(self):
         self.steps = Progress("training", every=math.inf)   # outside of a terminal, the lines do
         self.batches = None

@@ -201,7 +201,6 @@ class RowSharing:
 # %% ../../nbs/trainers/parallel.ipynb #b1bf780e
 class DataParallel(RowSharing):
     "Every process has the whole model and its rows of each batch; gradients are averaged."
-
     def place(self, model: nn.Module) -> nn.Module:
         "The model on this process's device. The optimizer is built afterwards."
         return model.to(self.device)

@@ -52,12 +52,10 @@ class Announcer:
 class TrainingLoop(Announcer):
     """Trains `model` on `batches` (`batch(index)`: a pure function of its number) until it has taken
     `total_steps`, or something stops it."""
-
     def __init__(self, model: nn.Module, batches, training: TrainingConfig, callbacks=()):
         super().__init__(callbacks)
         self.batches, self.training, self.total_steps = batches, training, training.max_steps
         set_up(self, model)
-
     def train(self):
         "Run to the end, or until something stops it."
         self.wrapped.train()

@@ -1,4 +1,5 @@
-"""What the Colab notebooks use of `google.colab`, for a test: it notes what was asked of it in the file $COLAB_STAND_IN.
+"""What the Colab notebooks use of `google.colab`, for a test: it notes what was asked of it in the
+file $COLAB_STAND_IN.
 
 `google` has no `__init__.py`, here as in Colab: other packages live in that namespace, too."""
 import os
