@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 RUN := runs/demo
 
-.PHONY: demo test slow lab docs bench export
+.PHONY: demo test slow lab docs bench gpu export
 
 demo: $(READY)  ## train a byte-level Transformer on Shakespeare, then let it write (under five minutes on two cores)
 	@$(BIN)/sprout-lab train transformer --preset demo --output_dir $(RUN) --resume_from auto
@@ -26,7 +26,13 @@ docs: $(READY)  ## the documentation as a site, in site/
 	@$(BIN)/python tools/docs.py
 
 bench: $(READY)  ## ratios against named peers (NANOGPT=path of a clone)
-	@OMP_NUM_THREADS=1 $(BIN)/sprout-lab bench transformer $(if $(NANOGPT),--nanogpt $(NANOGPT))
+	@OMP_NUM_THREADS=1 $(BIN)/sprout-lab bench transformer $(if $(NANOGPT),--peer nanogpt=$(NANOGPT))
+
+gpu:  ## all that needs a GPU, with the machine's own Python (DEVICE=cpu QUICK=1: at toy size)
+	@$(PYTHON) tools/gpu.py $(if $(DEVICE),--device $(DEVICE)) $(if $(QUICK),--quick) \
+	  $(if $(NANOGPT),--peer nanogpt=$(NANOGPT)) $(if $(ENWIK8),--enwik8 $(ENWIK8)) \
+	  $(if $(MINUTES),--minutes $(MINUTES)) $(if $(PARTS),--only $(PARTS)) \
+	  $(if $(PACKAGES),--packages $(PACKAGES))
 
 export: $(READY)  ## notebooks → library, cleaned notebooks, README
 	@$(BIN)/nbdev_clean && $(BIN)/nbdev_export && $(BIN)/python tools/readme.py && $(BIN)/python tools/colab.py

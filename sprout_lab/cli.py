@@ -4,9 +4,7 @@
 
 # %% auto #0
 __all__ = ['TALK_COMMANDS', 'NEEDED', 'OPTIONAL', 'main', 'cli', 'Setting', 'setting_options', 'collect_flags', 'Drawn',
-           'train_command', 'train', 'prepare_command', 'evaluate_command', 'generate_command', 'talk', 'draw_command',
-           'import_group', 'import_command', 'export_command', 'families_command', 'human', 'runs_group', 'runs_list',
-           'runs_show', 'runs_delete', 'runs_disk', 'bench_command', 'doctor_command', 'completion_command']
+           'train_command', 'train', 'talk', 'human']
 
 # %% ../nbs/cli.ipynb #75a3abc3
 import json
@@ -176,6 +174,7 @@ class Drawn(click.Command):
         for section, records in groups.items():
             with formatter.section(section.capitalize() or "Options"): formatter.write_dl(records)
 
+# %% ../nbs/cli.ipynb #bf13fe3e
 def _settings_of(module: str, name: str, section: str = ""):
     "A function that returns the specs of a settings class, importing it only then."
     def specs():
@@ -286,11 +285,12 @@ def train():
              settings=_settings_of("sprout_lab.data.prepare", "PrepareConfig"),
              aliases={"dataset_name": "dataset", "output_dir": "output"})
 @_quiet
-def prepare_command(flags, quiet):
+def _prepare_command(flags, quiet):
     "Turn text into memory-mapped tokens: streaming, parallel, resumable."
     from sprout_lab.data.prepare import PrepareConfig, prepare_from_config
+    from sprout_lab.progress import without_progress
     if flags.get("output"): flags["output"] = str(user_path(flags["output"]))
-    prepare_from_config(PrepareConfig(**flags), log=_log(quiet))
+    with without_progress(quiet): prepare_from_config(PrepareConfig(**flags), log=_log(quiet))
 
 # %% ../nbs/cli.ipynb #f5b512e8
 _model_path = click.option("--model_path", "--run", "model_path", metavar="PATH", required=True,
@@ -306,7 +306,7 @@ def _evaluation_settings() -> list:
              aliases={"dataset_name": "dataset", "max_seq_length": "sequence_length"})
 @_model_path
 @_quiet
-def evaluate_command(model_path, flags, quiet):
+def _evaluate_command(model_path, flags, quiet):
     """Bits per byte (a masked model: nats per hidden token), perplexity and accuracy on held-out
     text, as JSON."""
     import sprout_lab.families  # noqa: F401  makes the models known to the Auto classes
@@ -326,7 +326,7 @@ _written_as = {"max_new_tokens": "max_tokens", "max_length": "max_tokens"}
 @click.option("--interactive", is_flag=True, help="Type prompts; /quit, /temp X, /topk N, /topp X.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto",
               show_default=True)
-def generate_command(model_path, prompt, prompt_file, output_file, interactive, device, flags):
+def _generate_command(model_path, prompt, prompt_file, output_file, interactive, device, flags):
     """Continue a text: streams while it writes, whole characters only. A masked model fills the
     gaps of a text instead: each [MASK] is one token."""
     from sprout_lab.decoding.sampling import SamplingConfig
@@ -345,6 +345,7 @@ def generate_command(model_path, prompt, prompt_file, output_file, interactive, 
     if output_file:
         user_path(output_file).write_text("\n---\n".join(texts) + "\n", encoding="utf-8")
 
+# %% ../nbs/cli.ipynb #5736bd04
 def _writer(model_path: str, device: str):
     "(model, tokenizer, objective) of a run that can write."
     from sprout_lab.families import load_model
@@ -431,7 +432,7 @@ def _talk_line(model, tokenizer, config, line: str) -> None:
 @click.option("--style", type=click.Choice(["light", "dark"]), default="light", show_default=True,
               help="Colours of the pictures.")
 @_quiet
-def draw_command(run, picture, text, output, style, quiet):
+def _draw_command(run, picture, text, output, style, quiet):
     "Draw a trained model: all of its family's pictures, or those that are named."
     from sprout_lab.families import draw_pictures
     for path in draw_pictures(run, picture, text=text, output=output, style=style, log=_log(quiet)):
@@ -439,7 +440,7 @@ def draw_command(run, picture, text, output, style, quiet):
 
 # %% ../nbs/cli.ipynb #a9d38d9e
 @cli.group("import")
-def import_group():
+def _import_group():
     "Turn other formats into models of the lab."
 
 def _new_folder(path) -> Path:
@@ -456,7 +457,8 @@ _IMPORTED = {
     "llama": ("FOLDER|GGUF", "A Llama (SmolLM too) of Hugging Face's form, or in a GGUF file."),
     "gpt2": ("FOLDER", "A GPT-2 of Hugging Face's form.")}
 
-def import_command(kind: str) -> click.Command:
+# %% ../nbs/cli.ipynb #745c3474
+def _import_command(kind: str) -> click.Command:
     "`sprout-lab import KIND`: weights become a run at step 0."
     metavar, summary = _IMPORTED[kind]
 
@@ -473,7 +475,8 @@ def import_command(kind: str) -> click.Command:
     return click.Command(kind, callback=run, help=summary, context_settings=_context, params=[
         click.Argument(["path"], metavar=metavar),
         click.Option(["--tokenizer"], metavar="FILE|DIR|NAME",
-                     help="Its tokenizer, where the files bring none; without one it reads no text."),
+                     help="Its tokenizer, where the files bring none; without one it reads no "
+                          "text."),
         click.Option(["--output", "--output_dir", "output"], metavar="DIR",
                      help="Where the run goes [runs/NAME]."),
         click.Option(["--dataset", "--dataset_name", "dataset"], metavar="NAME", default="tales",
@@ -482,7 +485,7 @@ def import_command(kind: str) -> click.Command:
                      help="Window of that [128, or what the model can see]."),
     ])
 
-for _kind in _IMPORTED: import_group.add_command(import_command(_kind))
+for _kind in _IMPORTED: _import_group.add_command(_import_command(_kind))
 
 # %% ../nbs/cli.ipynb #1346801b
 @cli.command("export")
@@ -492,7 +495,7 @@ for _kind in _IMPORTED: import_group.add_command(import_command(_kind))
 @click.option("--llama", is_flag=True, help="As a plain Hugging Face Llama, where the shape "
                                             "allows it; without it, as the lab's own model.")
 @click.option("--ternary", is_flag=True, help="An SLM or HNetBit with its weights at 2 bits.")
-def export_command(run, output, llama, ternary):
+def _export_command(run, output, llama, ternary):
     "Write a run's best model as a Hugging Face folder of its own, with its tokenizer."
     from sprout_lab.families import load_model
     from sprout_lab.models.importing import export_llama
@@ -510,7 +513,7 @@ def export_command(run, output, llama, ternary):
 
 # %% ../nbs/cli.ipynb #2abe49e6
 @cli.command("families")
-def families_command():
+def _families_command():
     "The families, their objectives, their presets and their pictures."
     from sprout_lab.families import families
     for family in families.values():
@@ -527,7 +530,7 @@ def human(size: float) -> str:
     return f"{size:.1f} TB"
 
 @cli.group("runs")
-def runs_group():
+def _runs_group():
     "List, show and delete runs."
 
 def _root(function):
@@ -535,10 +538,10 @@ def _root(function):
                         help="Folder that holds the runs.")(function)
 
 # %% ../nbs/cli.ipynb #6edd8534
-@runs_group.command("list")
+@_runs_group.command("list")
 @_root
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
-def runs_list(root, as_json):
+def _runs_list(root, as_json):
     "Every run below the folder, newest first."
     from sprout_lab.runs import list_runs
     found = list_runs(root)
@@ -561,10 +564,10 @@ def _run_folder(name: str, root: str) -> Path:
                       f"them")
 
 # %% ../nbs/cli.ipynb #9e0260d1
-@runs_group.command("show")
+@_runs_group.command("show")
 @click.argument("run")
 @_root
-def runs_show(run, root):
+def _runs_show(run, root):
     "Facts of one run, its checkpoints and its configuration."
     from sprout_lab.runs import Run, damage, disk_use, run_facts
     folder = _run_folder(run, root)
@@ -580,11 +583,11 @@ def runs_show(run, root):
                    f"{state} {' '.join(names)}")
     click.echo(Run(folder).config.read_text())
 
-@runs_group.command("delete")
+@_runs_group.command("delete")
 @click.argument("run", nargs=-1, required=True)
 @_root
 @click.option("--yes", is_flag=True, help="Do not ask.")
-def runs_delete(run, root, yes):
+def _runs_delete(run, root, yes):
     "Delete runs; asks first."
     from sprout_lab.runs import delete_run, disk_use
     for folder in [_run_folder(name, root) for name in run]:
@@ -592,9 +595,9 @@ def runs_delete(run, root, yes):
             click.echo(f"kept {folder}")
         else: click.echo(f"deleted {folder}, {human(delete_run(folder))} freed")
 
-@runs_group.command("disk")
+@_runs_group.command("disk")
 @_root
-def runs_disk(root):
+def _runs_disk(root):
     "What the runs take on the disk, largest first."
     from sprout_lab.runs import list_runs
     found = sorted(list_runs(root), key=lambda f: -f["disk_bytes"])
@@ -612,7 +615,7 @@ def runs_disk(root):
               help="Alternating repeats of each measurement.")
 @click.option("--output", metavar="FILE", help="Write the table as JSON too.")
 @_quiet
-def bench_command(family, peers, only, repeats, output, quiet):
+def _bench_command(family, peers, only, repeats, output, quiet):
     "Ratios of a family against named peers, side by side in one run, in CPU time."
     from sprout_lab.families import get_family
     entry = get_family(family)
@@ -652,8 +655,9 @@ def _devices():
     if not torch.cuda.is_available(): yield "cuda", f"none: models train on the {other}"
     yield "threads", f"{torch.get_num_threads()} (OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'unset')})"
 
+# %% ../nbs/cli.ipynb #e02ef1a0
 @cli.command("doctor")
-def doctor_command():
+def _doctor_command():
     "Versions, devices, kernels, plugins: what is here, what is missing, and how to get it."
     import platform
     import shutil
@@ -677,7 +681,7 @@ def doctor_command():
 # %% ../nbs/cli.ipynb #bbe3dfd7
 @cli.command("completion")
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
-def completion_command(shell):
+def _completion_command(shell):
     "Print the completion script of a shell: eval \"$(sprout-lab completion bash)\"."
     from click.shell_completion import get_completion_class
     click.echo(get_completion_class(shell)(cli, {}, "sprout-lab", "_SPROUT_LAB_COMPLETE").source())

@@ -38,7 +38,8 @@ class ConfigError(Exception):
 
 # %% ../nbs/configs.ipynb #ec39e0db
 def nearest(name, known) -> str:
-    "A hint such as \", did you mean 'batch_size'?\" when one of `known` is close to `name`, else \"\"."
+    """A hint such as ", did you mean 'batch_size'?" when one of `known` is close to `name`, else
+    ""."""
     known, name = [str(k) for k in known], str(name).replace("-", "_").lower()
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f", did you mean '{close[0]}'?" if close else ""
@@ -146,7 +147,8 @@ def _converted(spec: FieldSpec, value):
     if spec.type is bool:
         return value if isinstance(value, bool) else _SWITCHES[value.strip().lower()]
     if spec.type is str:
-        if isinstance(value, bool) or not isinstance(value, (str, int, float, Path)): raise TypeError
+        if isinstance(value, bool) or not isinstance(value, (str, int, float, Path)):
+            raise TypeError
         return str(value)
     if spec.type is dict and isinstance(value, Mapping): return dict(value)
     if spec.type is list and isinstance(value, (list, tuple, set)):
@@ -689,6 +691,7 @@ class RunConfig:
     def save(self, path) -> None:
         "Write it as YAML, beside and renamed into place; it loads with `--config`."
         path = Path(path)
+        check_file(path, "a configuration")
         beside = path.with_name(f".{path.name}.{os.getpid()}")
         text = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
         beside.write_text(text, encoding="utf-8")

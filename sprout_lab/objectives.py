@@ -237,6 +237,7 @@ class FillsGaps:
 # %% ../nbs/objectives.ipynb #2c73db33
 PSEUDO_TOKENS = 1000   # of a text, for its pseudo-log-likelihood
 
+# %% ../nbs/objectives.ipynb #b4718b36
 class Masked(FillsGaps, Objective):
     """What stands in the gaps, seen from both sides (Devlin et al., 2019), in nats per hidden
     token."""

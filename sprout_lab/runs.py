@@ -178,7 +178,8 @@ class CsvLog:
 
 # %% ../nbs/runs.ipynb #e4873bd4
 def read_log(path) -> dict[str, list]:
-    "A CSV log as columns: numbers where they are numbers, None where a cell is empty; no log is {}."
+    """A CSV log as columns: numbers where they are numbers, None where a cell is empty; no log is
+    {}."""
     path = Path(path)
     if not os.path.lexists(path): return {}
     text = read_bytes(path, "a log").decode("utf-8", errors="replace")
@@ -306,7 +307,8 @@ def new_run_folder(*words, root="runs") -> Path:
 _BY_NAME = re.compile(r"step_\d+|best|latest")
 
 def _as_folder(path) -> Path:
-    "A folder as people name it: `step_5000.pt`, `run/best.pt`, `sprout_mlm_best.pt` are folders here."
+    """A folder as people name it: `step_5000.pt`, `run/best.pt`, `sprout_mlm_best.pt` are folders
+    here."""
     path = user_path(path)
     if path.suffix in (".pt", ".pth", ".ckpt") and not path.is_file():
         path = path.with_suffix("")
@@ -370,7 +372,8 @@ def _saved_elsewhere(path: Path) -> bool:
 
 # %% ../nbs/runs.ipynb #312fadb7
 def checkpoint_facts(path) -> dict:
-    "A checkpoint's facts: step, epoch, loss, accuracy, model_info, and what else its trainer noted."
+    """A checkpoint's facts: step, epoch, loss, accuracy, model_info, and what else its trainer
+    noted."""
     folder = find_checkpoint(path)
     try: return read_json(folder / "facts.json")
     except ConfigError as error:

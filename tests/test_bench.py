@@ -62,9 +62,11 @@ class GPT(nn.Module):
         self.table = nn.Embedding(config.vocab_size, config.vocab_size)
     def forward(self, ids, targets=None):
         logits = self.table(ids)
-        return logits, None if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        if targets is None: return logits, None
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
-        return torch.optim.AdamW(self.parameters(), lr=learning_rate, betas=betas, weight_decay=weight_decay)
+        return torch.optim.AdamW(self.parameters(), learning_rate, betas,
+                                 weight_decay=weight_decay)
     @torch.no_grad()
     def generate(self, ids, new, top_k=None):
         for _ in range(new): ids = torch.cat([ids, self(ids)[0][:, -1:].argmax(-1)], 1)
@@ -234,7 +236,10 @@ class SimplifiedSLMForCausalLM(nn.Module):
         self.config, self.table = config, nn.Embedding(config.vocab_size, config.vocab_size)
     def forward(self, input_ids, labels=None, past_key_values=None, use_cache=None):
         logits = self.table(input_ids)
-        loss = None if labels is None else nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        loss = None
+        if labels is not None:
+            flat = logits[:, :-1].flatten(0, 1)
+            loss = nn.functional.cross_entropy(flat, labels[:, 1:].flatten())
         return SimpleNamespace(logits=logits, loss=loss, past_key_values=())
 HNetBitForCausalLM = SimplifiedSLMForCausalLM
 ''')

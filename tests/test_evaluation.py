@@ -760,6 +760,19 @@ def test_progress_in_plain_lines_and_nothing_when_quiet(corpus_run, monkeypatch)
         line for line in shown.splitlines() if "evaluating" not in line]
 
 
+def test_generation_of_many_texts_shows_its_progress(model, monkeypatch, capsys):
+    from sprout_lab import progress
+    from sprout_lab.decoding.sampling import generate_text
+    monkeypatch.setattr(progress.Progress.__init__, "__defaults__", ("steps", None, 0.0))
+    one = generate_text(model, ByteTokenizer(), "a", max_tokens=4, seed=1)
+    assert capsys.readouterr().err == "" and len(one) == 1
+    texts = generate_text(model, ByteTokenizer(), ["a", "b"], max_tokens=4, seed=1)
+    assert "generating: 4 of 4 tokens" in capsys.readouterr().err
+    with progress.without_progress():
+        assert generate_text(model, ByteTokenizer(), ["a", "b"], max_tokens=4, seed=1) == texts
+    assert capsys.readouterr().err == ""
+
+
 # ---- health and surprise ------------------------------------------------------------
 
 @pytest.mark.parametrize("checkpointing", [False, True])

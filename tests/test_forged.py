@@ -1,4 +1,5 @@
-"""Checkpoints whose sums are right and whose contents are not: one line each, never a traceback, a wait or a crash."""
+"""Checkpoints whose sums are right and whose contents are not: one line each, never a traceback, a
+wait or a crash."""
 import copy
 import json
 import os
@@ -15,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from sprout_lab.configs import ConfigError
 from sprout_lab.runs import MANIFEST, _seal
 
-SMALL = {"sequence_length": 32, "batch_size": 2, "max_steps": 4, "eval_interval": 4, "eval_batches": 1,
+SMALL = {"sequence_length": 32, "batch_size": 2, "max_steps": 4, "eval_interval": 4,
+         "eval_batches": 1,
          "save_interval": 4, "log_interval": 2, "warmup_steps": 2, "tensorboard": False,
          "sample_tokens": 0, "final_eval_batches": 0, "device": "cpu", "num_attention_heads": 2}
 SHAPES = {"transformer": {"hidden_size": 16, "num_hidden_layers": 1},
@@ -25,7 +27,8 @@ SHAPES = {"transformer": {"hidden_size": 16, "num_hidden_layers": 1},
 TIME_LIMIT = 60.0   # seconds; a case takes well under one when the machine is idle
 
 DEEP = "\0deep"   # replaced by five thousand brackets when written
-STRANGE = (None, "x", "", -1, 0, 1.5, 1e300, 10**30, True, [], {}, [1, "x"], {"a": 1}, "../..", DEEP)
+STRANGE = (None, "x", "", -1, 0, 1.5, 1e300, 10**30, True, [], {}, [1, "x"], {"a": 1}, "../..",
+           DEEP)
 
 
 def quiet(*words): pass
@@ -54,7 +57,8 @@ def use(run: Path, family: str) -> None:
         settings = configure(family, {**flags, "resume_from": "auto"}, log=quiet)
         make_trainer(settings, log=quiet).train()
 
-    for act in (load, lambda: checkpoint_facts(run / "checkpoints" / "step_4"), lambda: run_facts(run), go_on):
+    for act in (load, lambda: checkpoint_facts(run / "checkpoints" / "step_4"),
+                lambda: run_facts(run), go_on):
         try: act()
         except ConfigError as error: assert "\n" not in str(error)
 
@@ -70,7 +74,8 @@ def outcome(run: Path, family: str) -> str | None:
         except BaseException as error:
             import traceback
             last = traceback.extract_tb(error.__traceback__)[-1]
-            os.write(write, f"{type(error).__name__} at {last.filename}:{last.lineno}: {error}"[:900].encode())
+            os.write(write,
+                     f"{type(error).__name__} at {last.filename}:{last.lineno}: {error}"[:900].encode())
         os._exit(0)
     os.close(write)
     ended, _, _ = select.select([read], [], [], TIME_LIMIT)
@@ -109,20 +114,20 @@ def keys_of(content, depth: int = 2) -> list[tuple]:
     return paths
 
 
-def tensor_changes():
-    yield "missing", lambda tensors, name: tensors.pop(name)
-    yield "scalar", lambda tensors, name: tensors.update({name: torch.tensor(1.0)})
-    yield "empty", lambda tensors, name: tensors.update({name: torch.zeros(0)})
-    yield "transposed", lambda tensors, name: tensors.update({name: tensors[name].transpose(0, -1).contiguous() if tensors[name].ndim else tensors[name]})
-    yield "integers", lambda tensors, name: tensors.update({name: torch.ones_like(tensors[name], dtype=torch.long)})
-    yield "not finite", lambda tensors, name: tensors.update({name: torch.full_like(tensors[name], torch.nan)})
-    yield "negative", lambda tensors, name: tensors.update({name: torch.full_like(tensors[name], -1)})
-    yield "renamed", lambda tensors, name: tensors.update({f"{name}.other": tensors.pop(name)})
+def transposed(tensor): return tensor.transpose(0, -1).contiguous() if tensor.ndim else tensor
+
+
+TENSOR_CHANGES = {
+    "missing": None, "scalar": lambda tensor: torch.tensor(1.0), "empty": lambda tensor: torch.zeros(0),
+    "transposed": transposed, "integers": lambda tensor: torch.ones_like(tensor, dtype=torch.long),
+    "not finite": lambda tensor: torch.full_like(tensor, torch.nan),
+    "negative": lambda tensor: torch.full_like(tensor, -1)}
 
 
 def with_tensor(path: Path, name: str, change) -> None:
     tensors = load_file(path)
-    change(tensors, name)
+    old = tensors.pop(name)
+    if change is not None: tensors[name] = change(old)
     save_file(tensors, path)
 
 
@@ -132,7 +137,8 @@ def forgeries(whole: Path):
     for path in sorted(checkpoint.glob("*.json")):
         if path.name == MANIFEST: continue
         for content in ("", "{}", "[]", "null", "[" * 100_000, "\ud800", '{"a": NaN}', "1" * 5000):
-            yield f"{path.name} is {content[:9]!r}", path.name, lambda p, c=content: p.write_bytes(c.encode("utf-8", "surrogatepass"))
+            raw = content.encode("utf-8", "surrogatepass")
+            yield f"{path.name} is {content[:9]!r}", path.name, lambda p, r=raw: p.write_bytes(r)
         for keys in keys_of(json.loads(path.read_text())):
             for value in STRANGE:
                 said = f"{path.name}: {'.'.join(keys)} = {value!r:.20}"
@@ -140,26 +146,34 @@ def forgeries(whole: Path):
     for path in sorted(checkpoint.glob("*.safetensors")):
         names = sorted(load_file(path))
         for name in names[:: max(1, len(names) // 4)]:
-            for what, change in tensor_changes():
+            for what, change in TENSOR_CHANGES.items():
                 yield f"{path.name}: {name} {what}", path.name, lambda p, n=name, c=change: with_tensor(p, n, c)
-    extra = {"config.json": {"attn_implementation": "someone/kernel", "auto_map": {"AutoConfig": "a--b.C"},
-                             "_attn_implementation": "hub/kernel:thing", "quantization_config": {"x": 1},
+    extra = {"config.json": {"attn_implementation": "someone/kernel",
+                             "auto_map": {"AutoConfig": "a--b.C"},
+                             "_attn_implementation": "hub/kernel:thing",
+                             "quantization_config": {"x": 1},
                              "vocab_size": 2**24, "hidden_size": 2**14, "num_hidden_layers": 10**4,
-                             "d_model": [2**14, 2**14], "architectures": ["os.system"], "dtype": "float8"},
-             "tokenizer_config.json": {"auto_map": {"AutoTokenizer": ["a--b.C", None]}, "tokenizer_class": "Nobody",
+                             "d_model": [2**14, 2**14], "architectures": ["os.system"],
+                             "dtype": "float8"},
+             "tokenizer_config.json": {"auto_map": {"AutoTokenizer": ["a--b.C", None]},
+                                       "tokenizer_class": "Nobody",
                                        "chat_template": "{% for x in range(10**12) %}{% endfor %}"}}
     for name, settings in extra.items():
         for key, value in settings.items():
-            yield f"{name}: {key} = {value!r:.30}", name, lambda p, k=key, v=value: with_value(p, (k,), v)
+            yield f"{name}: {key} = {value!r:.30}", name, lambda p, k=key, v=value: with_value(p,
+                                                                                               (k,),
+                                                                                               v)
 
 
 LISTED = ["trainer_state.json: step = 'x'", "trainer_state.json: last_evaluation = '\\x00deep'",
-          "trainer_state.json: batches = [1, 'x']", "config.json: attn_implementation = 'someone/kernel'",
+          "trainer_state.json: batches = [1, 'x']",
+          "config.json: attn_implementation = 'someone/kernel'",
           "tokenizer_config.json is ''", "tokenizer_config.json is '{}'"]
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory): return small_run("transformer", tmp_path_factory.mktemp("whole") / "run")
+def whole(tmp_path_factory):
+    return small_run("transformer", tmp_path_factory.mktemp("whole") / "run")
 
 
 def of_the_optimizer(said: str) -> bool: return said.startswith("optimizer.safetensors")
@@ -171,7 +185,8 @@ def test_the_listed_forgeries_are_one_line(whole, tmp_path):
     problems = []
     for said, name, change in cases:
         forge(whole, tmp_path / "run", name, change)
-        if problem := outcome(tmp_path / "run", "transformer"): problems.append(f"{said} → {problem}")
+        if problem := outcome(tmp_path / "run", "transformer"):
+            problems.append(f"{said} → {problem}")
     assert not problems, "\n".join(problems)
 
 
@@ -183,5 +198,6 @@ def test_no_forgery_is_more_than_a_line(family, tmp_path):
         forge(whole, tmp_path / "run", name, change)
         count += 1
         if problem := outcome(tmp_path / "run", family): problems.append(f"{said} → {problem}")
-    print(f"{family}: {count} forgeries in {time.monotonic() - began:.0f} s, {len(problems)} not in one line")
+    print(f"{family}: {count} forgeries in {time.monotonic() - began:.0f} s, {len(problems)} not "
+          f"in one line")
     assert not problems, "\n".join(problems)

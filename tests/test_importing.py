@@ -463,7 +463,7 @@ def test_smollm2(tmp_path, monkeypatch):
     from sprout_lab.data.corpora import embedded_folder
     from sprout_lab.evaluation.evaluator import Evaluator
     tales = lzma.decompress((embedded_folder() / "tales.txt.xz").read_bytes()).decode()
-    tail = tales[-len(tales) // 10:]
+    tail = tales[-20_000:]
     model, tokenizer = load_model("smollm2")
     found = Evaluator(model, tokenizer, {"sequence_length": 128}).evaluate(tail)
-    assert abs(found["bits_per_byte"] - 1.844) < 0.005
+    assert abs(found["bits_per_byte"] - 1.711) < 0.005           # the last tales and poems

@@ -1,4 +1,5 @@
-"""The Transformer: the laws for every switch, learning, saving, precision, Hugging Face's ways in."""
+"""The Transformer: the laws for every switch, learning, saving, precision, Hugging Face's ways in.
+"""
 
 import copy
 
@@ -488,7 +489,7 @@ def test_silu_has_a_public_name():
 def test_auto_model_gives_hidden_states(switches, tmp_path):
     from transformers import AutoModel
 
-    import sprout_lab.families                                   # for the Auto classes
+    import sprout_lab.families  # noqa: F401  (for the Auto classes)
     model = build(**switches).eval()
     model.save_pretrained(tmp_path)
     body, ids = AutoModel.from_pretrained(tmp_path).eval(), random_ids(model, 2, 9)

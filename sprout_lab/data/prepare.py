@@ -88,7 +88,7 @@ def encoded(stream: Iterator, tokenizer, num_workers: int = 0) -> Iterator[tuple
     if num_workers < 2: return ((name, encode_block(tokenizer, block)) for name, block in stream)
     return process_map(_encode, stream, num_workers, _set_tokenizer, (tokenizer,))
 
-# %% ../../nbs/data/prepare.ipynb #d2f51ecd
+# %% ../../nbs/data/prepare.ipynb #fd39039c
 FILE_NAMES = {"train": "train", "validation": "val", "test": "test"}   # split → file
 FORMATS = {"bin": ".bin", "npy": ".npy", "ids": ".txt"}                # format → ending
 
@@ -111,7 +111,7 @@ def _disk_error(error: OSError, path) -> ConfigError:
         instead = "free some space, and run the same command again: it continues"
     return ConfigError(f"{path}: cannot be written ({error.strerror or error}); {instead}")
 
-# %% ../../nbs/data/prepare.ipynb #78bf9cc4
+# %% ../../nbs/data/prepare.ipynb #c495976f
 _STATS = {"key": str, "name": str, "title": str, "tokenizer": str, "vocab_size": int, "splits": dict}
 _SPLIT_STATS = {"num_documents": int, "num_bytes": int, "num_tokens": int,
                 "bytes_per_token": float | None, "used_tokens": int,
@@ -142,7 +142,7 @@ def read_stats(folder) -> dict:
 def _read_journal(work: Path) -> dict:
     return _read_json(work / "journal.json", _JOURNAL, _SPLIT_JOURNAL)
 
-# %% ../../nbs/data/prepare.ipynb #04278439
+# %% ../../nbs/data/prepare.ipynb #4aa746e3
 class _Journal:
     "How far each split of an unfinished preparation has come, on disk."
 
@@ -235,7 +235,7 @@ def _known_bytes(corpus: Corpus) -> int | None:
     if any(path is None or is_jsonl(path) or is_table(path) for path in paths): return None
     return sum(scan(path).num_bytes for path in paths)
 
-# %% ../../nbs/data/prepare.ipynb #5022b837
+# %% ../../nbs/data/prepare.ipynb #00d11c27
 def _convert(tokens: TokenFile, path: Path, format: str) -> None:
     "A token file as .npy, or as ids in text (1,000 in a line)."
     if format == "npy":
@@ -264,7 +264,7 @@ def _statistics(tokens: TokenFile, tokenizer) -> dict:
             "used_tokens": len(used), "entropy_bits_per_token": entropy,
             "most_frequent": [[i, tokenizer.decode([i]), int(counts[i])] for i in frequent]}
 
-# %% ../../nbs/data/prepare.ipynb #5e62672f
+# %% ../../nbs/data/prepare.ipynb #f22c3df7
 def _describe_request(corpus: Corpus, rule, tokenizer, format: str) -> dict:
     """What a preparation was asked for, to name the difference when another one is asked for in
     the same place."""
@@ -291,7 +291,7 @@ def _occupied(output: Path, stats: dict, key: str, request: dict, names: list[st
     damaged = ", or that is damaged" if foreign == "stats.json" else ""
     return f"holds a {foreign} that this preparation did not write{damaged}"
 
-# %% ../../nbs/data/prepare.ipynb #69dfb525
+# %% ../../nbs/data/prepare.ipynb #ecae778e
 def _prepared_tokenizer(work: Path, journal: dict, corpus: Corpus, tokenizer, vocab_size: int | None):
     """The tokenizer of a preparation: the one that it has saved, else `tokenizer`, trained where
     that is a name, and saved now."""
@@ -304,7 +304,7 @@ def _prepared_tokenizer(work: Path, journal: dict, corpus: Corpus, tokenizer, vo
     os.replace(work / "unfinished", work / "tokenizer")
     return tokenizer
 
-# %% ../../nbs/data/prepare.ipynb #b2c86b5b
+# %% ../../nbs/data/prepare.ipynb #73d20674
 def _begin_or_continue(work: Path, key: str) -> dict:
     "The journal of a preparation that is to be continued, or a new one in an empty folder."
     work.mkdir(exist_ok=True)
@@ -314,7 +314,7 @@ def _begin_or_continue(work: Path, key: str) -> dict:
         shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
     return {"key": key, "cuts": _CUTS, "splits": {}}
 
-# %% ../../nbs/data/prepare.ipynb #08bc82bb
+# %% ../../nbs/data/prepare.ipynb #3f9c9c95
 def _open_finished(work: Path, corpus: Corpus) -> dict[str, TokenFile]:
     "The token files of all splits, checked."
     try: return {split: TokenFile.open(work / f"{split}.bin") for split in corpus.splits}
@@ -337,7 +337,7 @@ def _publish(work: Path, output: Path, files: dict[str, Path], stats: dict) -> N
     _write_json(output / "stats.json", stats)
     shutil.rmtree(work, ignore_errors=True)
 
-# %% ../../nbs/data/prepare.ipynb #a2f3ddd5
+# %% ../../nbs/data/prepare.ipynb #04db0c85
 def _prepare(corpus: Corpus, output: Path, key: str, tokenizer, vocab_size, format: str,
              num_workers: int, progress: bool, request: dict) -> dict:
     "Do the work that is left, and return the statistics."
@@ -359,7 +359,7 @@ def _prepare(corpus: Corpus, output: Path, key: str, tokenizer, vocab_size, form
     _publish(work, output, files, stats)
     return stats
 
-# %% ../../nbs/data/prepare.ipynb #8db20fc6
+# %% ../../nbs/data/prepare.ipynb #36eebd7a
 def _rule_of(tokenizer, vocab_size: int | None) -> tuple:
     """A tokenizer, loaded where it need not be trained, and what decides its ids: its
     fingerprint, or how to train it."""
@@ -382,7 +382,7 @@ def _check_request(output, format: str, max_seq_length: int | None) -> Path:
         raise ConfigError(f"{output}: is a file; name a folder for the prepared data")
     return output
 
-# %% ../../nbs/data/prepare.ipynb #454ac6b8
+# %% ../../nbs/data/prepare.ipynb #7d0854b6
 def _is_finished(output: Path, stats: dict, key: str, format: str) -> bool:
     if stats.get("key") != key: return False
     names = [FILE_NAMES[split] + FORMATS[format] for split in stats["splits"]]
@@ -396,7 +396,7 @@ def _count_sequences(output: Path, stats: dict, max_seq_length: int) -> None:
     stats["max_seq_length"] = max_seq_length
     _write_json(output / "stats.json", stats)
 
-# %% ../../nbs/data/prepare.ipynb #d4cdda06
+# %% ../../nbs/data/prepare.ipynb #92465b22
 def prepare(corpus, output, tokenizer="byte", *, vocab_size: int | None = None, format: str = "bin",
             num_workers: int = 0, max_seq_length: int | None = None, progress: bool = False,
             overwrite: bool = False, **settings) -> dict:
@@ -443,7 +443,7 @@ def _looks_like_ids(head: bytes) -> bool:
     words = head.decode("utf-8", errors="replace").split()
     if len(head) == _HEAD: words = words[:-1]   # may be cut
     if any(not any(map(str.isalnum, word)) for word in words): return False
-    numbers = sum(_NUMBER.fullmatch(word) is not None for word in words)
+    numbers = sum(_NUMBER.fullmatch(word.strip("[](){};\"'")) is not None for word in words)
     return bool(words) and 3 * numbers >= 2 * len(words)
 
 _HEAD = 1 << 16   # bytes that are looked at
@@ -465,7 +465,7 @@ def file_kind(path) -> str:
     if is_table(path): return "table"
     return "ids" if not is_jsonl(path) and _looks_like_ids(head) else "text"
 
-# %% ../../nbs/data/prepare.ipynb #85b99fdc
+# %% ../../nbs/data/prepare.ipynb #c4ededd4
 def _npy_ids(path: Path) -> Iterator[np.ndarray]:
     "The ids of a `.npy` file, in pieces."
     npy = np.lib.format
@@ -489,7 +489,7 @@ def _npy_ids(path: Path) -> Iterator[np.ndarray]:
     ids = np.memmap(path, dtype, mode="r", offset=begin, shape=shape)
     for begin in range(0, len(ids), 1 << 20): yield np.asarray(ids[begin:begin + (1 << 20)])
 
-# %% ../../nbs/data/prepare.ipynb #f9bff05e
+# %% ../../nbs/data/prepare.ipynb #cbdff624
 def _to_ids(path, words: list[str], number: int) -> np.ndarray:
     "Words as ids; `number` counts the words before them."
     joined = "".join(words)
@@ -502,7 +502,7 @@ def _to_ids(path, words: list[str], number: int) -> np.ndarray:
     needed = "ids are whole numbers from 0 on, separated by spaces or line ends"
     raise ConfigError(f"{path}: {problem}; {needed} (as dataset_name the file is read as text)")
 
-# %% ../../nbs/data/prepare.ipynb #1689ec64
+# %% ../../nbs/data/prepare.ipynb #b6111d22
 def _text_ids(path) -> Iterator[np.ndarray]:
     "The ids of a text of numbers, in pieces."
     number, rest = 0, ""
@@ -520,7 +520,7 @@ def read_ids(path, kind: str | None = None) -> Iterator[np.ndarray]:
     path = as_path(path)
     return _npy_ids(path) if (kind or file_kind(path)) == "npy" else _text_ids(path)
 
-# %% ../../nbs/data/prepare.ipynb #e82a8daa
+# %% ../../nbs/data/prepare.ipynb #067c4eab
 def _check_preparation(config) -> None:
     "Refuse settings of a preparation that cannot work together."
     if not (config.output or "").strip():
@@ -545,7 +545,7 @@ def _check_preparation(config) -> None:
         problem = "tokenizer and vocab are both given"
         raise ConfigError(f"{problem}; one of them says how to tokenize")
 
-# %% ../../nbs/data/prepare.ipynb #992015ab
+# %% ../../nbs/data/prepare.ipynb #66759996
 class PrepareConfig(Settings):
     "What a preparation is asked for: which text, by which tokenizer, held out how, and where to."
     aliases: ClassVar = {"dataset_name": "dataset", "output_dir": "output"}   # the guides' names
@@ -583,7 +583,7 @@ class PrepareConfig(Settings):
 
     def check(self): _check_preparation(self)
 
-# %% ../../nbs/data/prepare.ipynb #5dc2fe4b
+# %% ../../nbs/data/prepare.ipynb #3006578e
 def _counts_in_words(facts: dict, max_seq_length: int | None) -> str:
     "What one file holds: documents, bytes, tokens, sequences."
     words = [f"{facts['num_bytes']:,} bytes", f"{facts['num_tokens']:,} tokens"]
@@ -633,7 +633,7 @@ def prepare_from_config(config: PrepareConfig, log=print) -> dict:
     log(f"{config.output}: {made}; train on it with data_dir={config.output}")
     return stats
 
-# %% ../../nbs/data/prepare.ipynb #d6c0c650
+# %% ../../nbs/data/prepare.ipynb #42f30079
 @dataclass
 class TrainingData:
     """What a run trains on. `tokenizer` is None where bare ids came without one; then text, and
@@ -656,7 +656,7 @@ class TrainingData:
     @property
     def bytes_per_token(self) -> float | None: return self.validation.bytes_per_token
 
-# %% ../../nbs/data/prepare.ipynb #c63633fb
+# %% ../../nbs/data/prepare.ipynb #c734e304
 def is_prepared(folder) -> bool:
     "Whether a folder was written by `prepare`."
     names = ("train.bin", "stats.json", ".prepare/journal.json")
@@ -683,7 +683,7 @@ def open_prepared(folder, tokenizer=None) -> TrainingData:
     name = train.name.split(" ")[0] or folder.name
     return TrainingData(train, validation, tokenizer, name, f"prepared data in {folder}", test)
 
-# %% ../../nbs/data/prepare.ipynb #275a77f9
+# %% ../../nbs/data/prepare.ipynb #9bce80f2
 def cache_folder() -> Path:
     "Where prepared data is kept: $SPROUT_LAB_CACHE, else ~/.cache/sprout-lab."
     folder = as_path(os.environ.get("SPROUT_LAB_CACHE") or "~/.cache/sprout-lab")
@@ -720,7 +720,7 @@ def _prepare_and_open(corpus: Corpus, tokenizer, config: DataConfig, progress: b
     data.name, data.description = corpus.name, corpus.title or corpus.name
     return data
 
-# %% ../../nbs/data/prepare.ipynb #398008aa
+# %% ../../nbs/data/prepare.ipynb #3ee6c1cc
 def _check_ids(path: Path, low: int, high: int, tokenizer, vocab_size: int | None) -> int:
     "The size of the vocabulary for ids from `low` to `high`; refuse those that it does not have."
     if high < low:
@@ -736,7 +736,7 @@ def _check_ids(path: Path, low: int, high: int, tokenizer, vocab_size: int | Non
     problem = f"holds the id {high}, and {allowed} ids from 0 to {size - 1}"
     raise ConfigError(f"{path}: {problem}; use the tokenizer that made it, or a larger vocab_size")
 
-# %% ../../nbs/data/prepare.ipynb #93ad8b60
+# %% ../../nbs/data/prepare.ipynb #5d56f669
 def _ids_file(path: Path, kind: str, tokenizer, vocab_size: int | None, split: str,
               begin: float = 0, end: float = 1) -> TokenFile:
     "Bare ids as a cached token file; `begin` and `end` are the stretch, as shares of the tokens."
@@ -763,7 +763,7 @@ def _ids_file(path: Path, kind: str, tokenizer, vocab_size: int | None, split: s
                 writer.write(part, num_bytes=0 if lengths is None else int(lengths[part].sum()))
     return TokenFile.open(target, tokenizer)
 
-# %% ../../nbs/data/prepare.ipynb #a1c405c7
+# %% ../../nbs/data/prepare.ipynb #9d54e8cf
 def _ids_tokenizer(config: DataConfig, path: Path):
     "The tokenizer of bare ids: the one asked for, else the one saved beside them, else none."
     if config.tokenizer != "auto":
@@ -773,7 +773,7 @@ def _ids_tokenizer(config: DataConfig, path: Path):
         return load_tokenizer(path.parent)
     return None
 
-# %% ../../nbs/data/prepare.ipynb #fa59a2c2
+# %% ../../nbs/data/prepare.ipynb #f28f9ce2
 def _file_sources(path: Path, column: str) -> list:
     return [file_source(file, column) for file in (text_files(path) if path.is_dir() else [path])]
 
@@ -787,7 +787,7 @@ def _text_file_data(paths: dict[str, Path], config: DataConfig, tokenizer, progr
         corpus = Corpus(paths["train"].stem, sources, max_samples=config.max_samples)
     return _prepare_and_open(corpus, tokenizer, config, progress)
 
-# %% ../../nbs/data/prepare.ipynb #ea86b38d
+# %% ../../nbs/data/prepare.ipynb #0a9f23b7
 def _ids_file_data(paths: dict[str, Path], kinds: dict[str, str], config, tokenizer) -> TrainingData:
     "Training data from token ids: token files, .npy, or ids as text."
     if tokenizer is None: tokenizer = _ids_tokenizer(config, paths["train"])
@@ -807,7 +807,7 @@ def _ids_file_data(paths: dict[str, Path], kinds: dict[str, str], config, tokeni
         raise ConfigError(f"{problem}; prepare both with one")
     return TrainingData(train, validation, tokenizer, paths["train"].stem)
 
-# %% ../../nbs/data/prepare.ipynb #98ecb973
+# %% ../../nbs/data/prepare.ipynb #4dfaf4b2
 def _file_data(config: DataConfig, tokenizer, progress: bool) -> TrainingData:
     "Training data from `train_data_path` and `val_data_path`."
     paths = {"train": as_path(config.train_data_path)}
@@ -829,7 +829,7 @@ def _file_data(config: DataConfig, tokenizer, progress: bool) -> TrainingData:
     data.description = described
     return data
 
-# %% ../../nbs/data/prepare.ipynb #c7874231
+# %% ../../nbs/data/prepare.ipynb #2ac2a809
 def _folder_data(config: DataConfig, tokenizer, progress: bool) -> TrainingData:
     "Training data from `data_dir`: prepared, or a folder of texts."
     folder = as_path(config.data_dir)
@@ -842,7 +842,7 @@ def _folder_data(config: DataConfig, tokenizer, progress: bool) -> TrainingData:
                          split_seed=config.split_seed, max_samples=config.max_samples)
     return _prepare_and_open(corpus, tokenizer, config, progress)
 
-# %% ../../nbs/data/prepare.ipynb #410fe11e
+# %% ../../nbs/data/prepare.ipynb #9de84611
 def _check_sizes(data: TrainingData, config: DataConfig) -> None:
     "Refuse data that is too short for a window, or has more tokens than the configuration allows."
     if config.vocab_size and config.vocab_size < data.vocab_size:
@@ -862,7 +862,7 @@ def _check_sizes(data: TrainingData, config: DataConfig) -> None:
         instead = "use a longer file or a shorter sequence_length"
         raise ConfigError(f"{config.val_data_path}: {problem}; {instead}")
 
-# %% ../../nbs/data/prepare.ipynb #1d442427
+# %% ../../nbs/data/prepare.ipynb #31c591e8
 def load_data(config: DataConfig | None = None, tokenizer=None, progress: bool = False) -> TrainingData:
     """The training and validation data of a configuration, prepared and cached where needed.
     `tokenizer` overrides the configured one (a checkpoint's own). Raises one-line `ConfigError`s

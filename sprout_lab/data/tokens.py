@@ -66,7 +66,7 @@ def _is_header(facts) -> bool:
     counts = (facts["num_tokens"], facts["num_bytes"], facts["num_documents"])
     return min(counts) >= 0 and 1 <= facts["vocab_size"] <= 2**32
 
-# %% ../../nbs/data/tokens.ipynb #187227a3
+# %% ../../nbs/data/tokens.ipynb #a75e35f7
 def _read_header(path: Path) -> dict:
     "The checked facts in a token file's header, or a one-line `ConfigError`."
     if is_special_file(path): raise special_file_error(path)
@@ -94,7 +94,7 @@ def _no_token_file_error(path: Path) -> ConfigError:
     hint = nearest(path.name, siblings)
     return ConfigError(f"{path}: no such token file{hint}; `sprout-lab prepare` makes one")
 
-# %% ../../nbs/data/tokens.ipynb #b0c492c2
+# %% ../../nbs/data/tokens.ipynb #13fdb335
 def _disk_error(error: OSError, path: Path) -> ConfigError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         instead = "free some space and run the same command again"
@@ -225,7 +225,9 @@ def _verify(path: Path, facts: dict) -> None:
     # a younger file may change within a tick of the file system's clock
     if time.time() - status.st_mtime > 2: _verified.add(key)
 
-def _check_tokenizer(path: Path, made_with: str, tokenizer) -> None:
+# %% ../../nbs/data/tokens.ipynb #6cf5a2f5
+def _check_tokenizer(
+path: Path, made_with: str, tokenizer) -> None:
     "Refuse a file that another tokenizer made, where both are known."
     if tokenizer is None or not made_with: return
     own = tokenizer if isinstance(tokenizer, str) else _fingerprint_of(tokenizer)
@@ -238,7 +240,7 @@ def _fingerprint_of(tokenizer) -> str:
     from sprout_lab.data.tokenizers import fingerprint   # only here: most files need no tokenizer
     return fingerprint(tokenizer)
 
-# %% ../../nbs/data/tokens.ipynb #3c203149
+# %% ../../nbs/data/tokens.ipynb #92cb526f
 class TokenFile:
     """A memory-mapped token file. Index it like an array; `len(file)` is the number of tokens.
 
@@ -274,7 +276,11 @@ class TokenFile:
 
     def __len__(self): return self.num_tokens
     def __getitem__(self, index): return self.tokens[index]
-    def __array__(self, dtype=None, copy=None): return np.array(self.tokens, dtype=dtype, copy=copy)
+
+    def __array__(self, dtype=None, copy=None):   # NumPy 1 does not pass `copy`
+        ids = self.tokens if dtype is None else self.tokens.astype(dtype, copy=False)
+        if copy is False and ids is not self.tokens: raise ValueError("a copy is needed for this dtype")
+        return ids.copy() if copy and ids is self.tokens else ids
 
     def __reduce__(self):   # a worker maps the file again instead of copying it
         return (TokenFile.open, (self.path, None, False))
@@ -292,7 +298,7 @@ def gather(array, starts: np.ndarray, length: int) -> np.ndarray:
     if type(array) is np.memmap: array = array.view(np.ndarray)
     return array[starts[:, None] + np.arange(length)].astype(np.int64)
 
-# %% ../../nbs/data/tokens.ipynb #6162cbe7
+# %% ../../nbs/data/tokens.ipynb #e9fe30df
 def get_batch(array, batch_size: int, context_length: int, device="cpu",
               generator: torch.Generator | None = None):
     """Inputs and targets `(x, y)`, int64 [batch_size, context_length] on `device`, at starts

@@ -17,6 +17,7 @@ import torch
 
 from ..configs import ConfigError, Settings, setting
 from .engine import Engine, evaluating
+from ..progress import Progress
 
 # %% ../../nbs/decoding/sampling.ipynb #37121288
 class SamplingConfig(Settings):
@@ -391,7 +392,9 @@ def generate_text(model, tokenizer, prompts, config: SamplingConfig | None = Non
     ends = end_tokens(tokenizer, model)
     texts = [_GrowingText(tokenizer, row, config.stop) for row in rows]
     finished = set()
-    for now in token_steps(model, ids, config, ends, False, finished):
+    steps = token_steps(model, ids, config, ends, False, finished)
+    if len(rows) > 1: steps = Progress("generating", "tokens").track(steps, config.max_tokens)
+    for now in steps:
         for row, token in zip(now.rows, now.tokens):
             if token not in ends and texts[row].push(token): finished.add(row)
     return [text.whole() for text in texts]

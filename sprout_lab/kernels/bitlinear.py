@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .build import choose_backend, custom_op, load_c, pointer, split_rows
+from .checks import broadcast_to, check_device, check_floating, check_shape, described
 
 try:
     import triton
@@ -232,13 +233,27 @@ def _quantize_weight_c(weight: Tensor) -> tuple[Tensor, Tensor]:
 def _(weight): return torch.empty_like(weight, dtype=torch.int8), weight.new_empty(())
 
 # %% ../../nbs/kernels/bitlinear.ipynb #f01b6ac8
+def _checked_gain(x: Tensor, norm_weight: Tensor) -> Tensor:
+    "`norm_weight (D,)` in full."
+    shape = x.shape
+    if not shape: raise ValueError(f"x is {described(x)}; it must be (..., D)")
+    if norm_weight.shape != shape[-1:]:
+        norm_weight = broadcast_to("norm_weight", norm_weight, shape[-1:])
+    if norm_weight.dtype != x.dtype: check_floating(norm_weight=norm_weight)
+    if norm_weight.is_cpu != x.is_cpu: check_device("norm_weight", norm_weight, x)
+    return norm_weight
+
 def quantize_activations(x: Tensor, norm_weight: Tensor, eps: float = 1e-8,
                          backend: str = "auto") -> tuple[Tensor, Tensor]:
     """RMSNorm and $Q_8$ of `x (..., D)`: int8 codes `(..., D)` and their scale `(..., 1)`; the
     value is their product."""
+    norm_weight = _checked_gain(x, norm_weight)
     backend = choose_backend(backend, x, BITLINEAR_C, "bitlinear")
-    shape, wide = x.shape, torch.float64 if x.dtype == torch.float64 else torch.float32
-    flat, w = x.reshape(-1, shape[-1]).to(wide).contiguous(), norm_weight.to(wide).contiguous()
+    shape, double = x.shape, x.dtype == torch.float64
+    if not shape[-1]: raise ValueError(f"x is {described(x)}; a row of no numbers has no scale")
+    flat, w = x.reshape(-1, shape[-1]), norm_weight
+    flat, w = (flat, w.double()) if double else (flat.float(), w.float())
+    flat, w = flat.contiguous(), w.contiguous()
     if backend == "reference": codes, scale, _ = _quantize_rows_torch(flat, w, eps)
     elif torch.is_grad_enabled() or torch.compiler.is_compiling():
         codes, scale, _ = _quantize_rows_op(flat, w, eps, backend)
@@ -250,6 +265,7 @@ def quantize_activations(x: Tensor, norm_weight: Tensor, eps: float = 1e-8,
 @torch.no_grad()
 def quantize_weight(weight: Tensor, backend: str = "auto") -> tuple[Tensor, Tensor]:
     "$Q_{1.58}$ of a matrix: int8 codes of −1, 0, 1 and one scale; the value is their product."
+    if not weight.numel(): raise ValueError(f"weight is {described(weight)}; it has no scale")
     if choose_backend(backend, weight, BITLINEAR_C, "bitlinear") == "c":
         return _quantize_weight_c(weight.detach().float().contiguous())
     if weight.dtype != torch.float64: weight = weight.float()
@@ -267,8 +283,18 @@ def _int_mm_gpu(codes: Tensor, weight_codes: Tensor) -> Tensor:
     weight_codes = F.pad(weight_codes, (0, -inputs % 8, 0, -outputs % 8))
     return torch._int_mm(codes, weight_codes.t())[:rows, :outputs]
 
+def _check_codes(codes: Tensor, weight_codes: Tensor) -> None:
+    if codes.dim() == weight_codes.dim() == 2 and codes.dtype == weight_codes.dtype == torch.int8:
+        if codes.shape[1] == weight_codes.shape[1] and codes.is_cpu == weight_codes.is_cpu: return
+        check_device("weight_codes", weight_codes, codes)
+    they_are = f"they are {described(codes)} and {described(weight_codes)}"
+    raise ValueError(f"codes and weight_codes must be int8 (N, D) and (O, D); {they_are}")
+
 def integer_matmul(codes: Tensor, weight_codes: Tensor) -> Tensor:
     "int8 `(N, D)` times int8 `(O, D)` transposed: int32 `(N, O)`, exact."
+    _check_codes(codes, weight_codes)
+    empty = not codes.numel() or not weight_codes.numel()
+    if empty: return codes.new_zeros(len(codes), len(weight_codes), dtype=torch.int32)
     if codes.shape[1] == 1:     # torch 2.13 on a CPU misreads a transposed single column
         codes, weight_codes = F.pad(codes, (0, 7)), F.pad(weight_codes, (0, 7))
     if codes.device.type != "cpu": return _int_mm_gpu(codes, weight_codes)
@@ -279,7 +305,8 @@ def integer_matmul(codes: Tensor, weight_codes: Tensor) -> Tensor:
 # %% ../../nbs/kernels/bitlinear.ipynb #ba40e7d6
 def rescale(sums: Tensor, scale: Tensor, weight_scale: Tensor, dtype=None) -> Tensor:
     "Integer sums `(N, O)` to values: times the row's `scale (N,)` and the matrix's."
-    return (sums * (scale * weight_scale).unsqueeze(-1)).to(dtype or scale.dtype)
+    values, dtype = sums * (scale * weight_scale).unsqueeze(-1), dtype or scale.dtype
+    return values if values.dtype == dtype else values.to(dtype)
 
 # %% ../../nbs/kernels/bitlinear.ipynb #3506bc68
 def _linear_dtype(device_type: str) -> torch.dtype:
@@ -331,6 +358,10 @@ def bit_linear(x: Tensor, weight: Tensor, norm_weight: Tensor, eps: float = 1e-8
     pass is in floats. Under autocast the result has its precision, else `x`'s. (BitNet b1.58: Ma
     et al., 2024, section 2; the norm inside the layer: Zhu et al., 2024, MatMul-free LM, section
     3.2.)"""
+    norm_weight = _checked_gain(x, norm_weight)
+    check_shape("weight", weight, (None, x.shape[-1]), f"(O, {x.shape[-1]})")
+    if weight.dtype != x.dtype: check_floating(weight=weight)
+    if weight.is_cpu != x.is_cpu: check_device("weight", weight, x)
     chosen = choose_backend(backend, x, BITLINEAR_C, "bitlinear")
     if chosen == "reference":
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 
 from ..configs import ConfigError, nearest
+from .checks import check_floating, described
 
 # %% ../../nbs/kernels/build.ipynb #7c0a5fdd
 def kernel_cache() -> Path:
@@ -221,15 +222,13 @@ def load_c(source: str, name: str) -> ctypes.CDLL | None:
 # %% ../../nbs/kernels/build.ipynb #77c2d9b0
 def pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:
     """A contiguous tensor's memory as an argument for C; none is the null pointer. A `ValueError`
-    for a tensor that has no memory to read (on the meta device, as weights are that were
-    offloaded, or a fake one)."""
+    for a tensor that has no memory that C could read: one on another device than the CPU, or on
+    the meta device, where weights are that were offloaded, or a fake one."""
     if tensor is None: return ctypes.c_void_p(None)
     address = tensor.data_ptr()
-    if not address and tensor.numel():
-        shape = tuple(tensor.shape)
-        raise ValueError(f"a tensor {shape} on {tensor.device} has no data; a layer whose weights are "
-                         "offloaded has them only within its own call")
-    return ctypes.c_void_p(address)
+    if tensor.is_cpu and (address or not tensor.numel()): return ctypes.c_void_p(address)
+    raise ValueError(f"a tensor is {described(tensor)}, and has no numbers on the CPU; an offloaded "
+                     "weight has them within its layer's own call")
 
 # %% ../../nbs/kernels/build.ipynb #586997c9
 _pools = {}
@@ -268,7 +267,7 @@ def interpreting() -> bool:
 
 # %% ../../nbs/kernels/build.ipynb #bedc45cf
 BACKENDS = ("auto", "reference", "torch", "c", "triton")
-_FAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 def _check_triton(device: torch.device) -> None:
     problem = None
@@ -278,15 +277,19 @@ def _check_triton(device: torch.device) -> None:
     if problem is not None: raise ConfigError(f"backend=triton: {problem}, or use backend=auto")
 
 def choose_backend(backend: str, like: torch.Tensor, source: str | None = None,
-                   name: str = "kernel") -> str:
+                   name: str = "kernel", dtypes=_FLOATS) -> str:
     """The backend that runs for tensors like `like`: `backend` itself, or for "auto" the fastest
-    that works. `source`: the kernel's C source. float64 always goes through the reference. Without
-    a compiler `c` becomes `torch`, which is said once; `triton` without a GPU is a
+    that works. `source`: the kernel's C source; `dtypes`: those that it takes. Other floating
+    types, float64 above all, go through the reference, and what is not floating is a `ValueError`.
+    Without a compiler `c` becomes `torch`, which is said once; `triton` without a GPU is a
     `ConfigError`."""
     if backend not in BACKENDS:
         hint = nearest(backend, BACKENDS)
         raise ConfigError(f"backend={backend!r}: choose from {', '.join(BACKENDS)}{hint}")
-    if backend == "reference" or like.dtype not in _FAST_DTYPES: return "reference"
+    if like.dtype not in dtypes:
+        check_floating(x=like)
+        return "reference"
+    if backend == "reference": return "reference"
     if backend == "triton":
         _check_triton(like.device)
         return "triton"

@@ -7,13 +7,18 @@ __all__ = ['DECODE_C', 'DecodeLayer', 'decode_step_reference', 'can_decode_step'
 
 # %% ../../nbs/kernels/decode.ipynb #aec7213a
 import ctypes
+import functools
+import struct
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .build import load_c, pointer
+from ..configs import ConfigError, nearest
+from .build import load_c
+from .checks import (Layout, broadcast_to, check_device, check_floating,
+                                       check_shape, described)
 from .elementwise import rms_norm_reference, rotary_reference
 
 # %% ../../nbs/kernels/decode.ipynb #96c1f195
@@ -318,7 +323,7 @@ static void attend(const float *keys, const float *values, const float *q, const
     s[i] = e;
     total += e;
   }
-  mix(values, s, total, out, S, d);
+  mix(values, s, total == 0 ? 1 : total, out, S, d);
 }
 """
 
@@ -430,26 +435,142 @@ def can_decode_step() -> bool:
     return not torch.compiler.is_compiling() and load_c(DECODE_C, "decode") is not None
 
 # %% ../../nbs/kernels/decode.ipynb #94d7ea18
+def _shapes(layer: DecodeLayer, x: Tensor, num_heads: int) -> DecodeLayer:
+    "What the tensors of a layer must be."
+    (batch, width), head_dim = x.shape, x.shape[1] // num_heads
+    (_, kv_heads, capacity, _), ff = layer.keys.shape, layer.w1.shape[0]
+    kv_width, cache = kv_heads * head_dim, (batch, kv_heads, capacity, head_dim)
+    return DecodeLayer(q=(width, width), k=(kv_width, width), v=(kv_width, width), o=(width, width),
+                       w1=(ff, width), w2=(width, ff), w3=(ff, width), norm1=(width,), norm2=(width,),
+                       q_norm=(head_dim,), k_norm=(head_dim,), keys=cache, values=cache)
+
+def _optional(layer: DecodeLayer, norm: str) -> set:
+    "The tensors that may be none."
+    names = {"w3"} if norm != "none" else {"w3", "norm1", "norm2"}
+    without = layer.q_norm is None and layer.k_norm is None
+    return names | {"q_norm", "k_norm"} if without else names
+
+def _no_column(past: int, capacity: int) -> str:
+    return f"past={past}: the cache has the columns 0 to {capacity - 1}"
+
+def _check_layer(layer: DecodeLayer, x: Tensor, num_heads: int, past: int, norm: str) -> None:
+    (batch, width), head_dim = x.shape, x.shape[1] // num_heads
+    meaning = f"({batch}, kv_heads, capacity, {head_dim})"
+    check_shape("keys", layer.keys, (batch, None, None, head_dim), meaning)
+    check_shape("w1", layer.w1, (None, width), f"(ff, {width})")
+    _, kv_heads, capacity, _ = layer.keys.shape
+    if not kv_heads or num_heads % kv_heads:
+        raise ValueError(f"num_heads={num_heads}: must be a multiple of the {kv_heads} heads of keys")
+    if not 0 <= past < capacity: raise IndexError(_no_column(past, capacity))
+    optional = _optional(layer, norm)
+    for name, tensor, shape in zip(layer._fields, layer, _shapes(layer, x, num_heads)):
+        if tensor is None and name in optional: continue
+        if tensor is None: raise ValueError(f"{name} is none; with norm={norm} it must be {shape}")
+        check_shape(name, tensor, shape)
+        check_device(name, tensor, x)
+        if tensor.dtype != x.dtype and "norm" not in name:
+            raise ValueError(f"{name} is {described(tensor)}, and x is {described(x)}")
+        check_floating(**{name: tensor})
+
+# %% ../../nbs/kernels/decode.ipynb #8c61d20b
 _NORMS = {"none": 0, "pre": 1, "post": 2}
 
-def _decode_step_c(x, layers, num_heads, past, cos_sin, half, norm, eps, mask, last_norm):
-    x, first = x.clone(), layers[0]
-    batch, width = x.shape
-    kv_heads, capacity, ff = first.keys.shape[1], first.keys.shape[2], first.w1.shape[0]
-    addresses = [None if t is None else t.data_ptr() for layer in layers for t in layer]
-    addresses = (ctypes.c_void_p * len(addresses))(*addresses)
-    cos, sin = (t.contiguous() for t in cos_sin) if cos_sin is not None else (None, None)
-    tables = 0 if cos is None else cos.shape[0]
-    if mask is not None: mask = mask.contiguous()
-    kv_width = kv_heads * width // num_heads
-    scratch = torch.empty(batch * (3 * width + 2 * kv_width + 2 * ff) + past + 1)
-    size = ctypes.c_int64
-    sizes = [size(n) for n in (len(layers), batch, width, num_heads, kv_heads, ff, past, capacity)]
-    load_c(DECODE_C, "decode").decode_step(
-        pointer(x), addresses, *sizes, pointer(cos), pointer(sin), size(tables), size(half),
-        size(_NORMS[norm]), ctypes.c_float(eps), pointer(mask), size(past + 1),
-        pointer(last_norm), pointer(scratch))
+def _check_shared(x: Tensor, num_heads: int, norm: str) -> None:
+    check_floating(x=x)
+    check_shape("x", x, (None, None), "(batch, width)")
+    if norm not in _NORMS:
+        raise ConfigError(f"norm={norm!r}: choose from {', '.join(_NORMS)}{nearest(norm, _NORMS)}")
+    if num_heads < 1 or x.shape[1] % num_heads:
+        raise ValueError(f"num_heads={num_heads}: the width, {x.shape[1]}, must be a multiple of it")
+
+def _check_last_norm(last_norm: Tensor | None, x: Tensor) -> None:
+    if last_norm is None: return
+    if last_norm.shape != x.shape[1:]: check_shape("last_norm", last_norm, x.shape[1:])
+    if last_norm.is_cpu != x.is_cpu: check_device("last_norm", last_norm, x)
+    if last_norm.dtype != x.dtype: check_floating(last_norm=last_norm)
+
+def _checked_mask(mask: Tensor | None, x: Tensor, past: int) -> Tensor | None:
+    "`(batch, past+1)`, boolean."
+    if mask is None: return None
+    if mask.dtype != torch.bool:
+        raise ValueError(f"mask is {described(mask)}; it must be boolean, true where a key is visible")
+    if mask.is_cpu != x.is_cpu: check_device("mask", mask, x)
+    shape = x.shape[0], past + 1
+    return mask if mask.shape == shape else broadcast_to("mask", mask, shape)
+
+# %% ../../nbs/kernels/decode.ipynb #9a72e41d
+def _checked_cos_sin(cos_sin: tuple | None, x: Tensor, num_heads: int) -> tuple | None:
+    "Cosines and sines `(batch or 1, head_dim/2)` in `x`'s dtype."
+    if cos_sin is None: return None
+    cos, sin = cos_sin
+    (batch, width), shape = x.shape, cos.shape
+    half = width / num_heads / 2
+    if shape == sin.shape and (shape == (1, half) or shape == (batch, half)):
+        if cos.dtype == sin.dtype == x.dtype and cos.is_cpu == sin.is_cpu == x.is_cpu: return cos_sin
+    if width // num_heads % 2:
+        raise ValueError(f"cos_sin: heads of {width // num_heads} channels have no pairs to rotate")
+    check_floating(cos=cos, sin=sin)
+    check_device("cos", cos, x)
+    check_device("sin", sin, x)
+    one = all(t.dim() < 2 or t.shape[0] == 1 for t in (cos, sin))
+    shape = 1 if one else batch, width // num_heads // 2
+    return tuple(broadcast_to(name, t.to(x.dtype), shape) for name, t in (("cos", cos), ("sin", sin)))
+
+# %% ../../nbs/kernels/decode.ipynb #c2a5164f
+_layouts = {}             # of tensors that C can take, by all that they must go together with
+
+def _suit_c(layers: list, there: list) -> bool:
+    """Whether all layers have the first one's tensors in its sizes, float32 with numbers on the
+    CPU, without gaps."""
+    for t in there:
+        if t.dtype != torch.float32 or not t.is_cpu: return False
+        if not (t.is_contiguous() and t.data_ptr()): return False
+    first, *others = ([None if t is None else t.shape for t in layer] for layer in layers)
+    return all(shapes == first for shapes in others)
+
+def _table(x: Tensor, layers: list, num_heads: int, past: int, norm: str) -> bytes | None:
+    "The addresses of the layers' tensors for C, or none where it cannot take them as they are."
+    tensors = [t for layer in layers for t in layer]
+    there = [t for t in tensors if t is not None]
+    addresses = [0 if t is None else t.data_ptr() for t in tensors]
+    key = x.shape, num_heads, norm, struct.pack(f"{len(addresses)}?", *addresses)
+    layout = _layouts.get(key)
+    if layout is None or not layout.matches(there):
+        _check_shared(x, num_heads, norm)
+        for layer in layers: _check_layer(layer, x, num_heads, past, norm)
+        if not layers or not _suit_c(layers, there): return None
+        if len(_layouts) > 100: _layouts.clear()
+        _layouts[key] = Layout(there)
+    return struct.pack(f"{len(addresses)}P", *addresses)
+
+# %% ../../nbs/kernels/decode.ipynb #e4c73861
+@functools.cache
+def _c_function():
+    "The function in C, which knows its arguments' types."
+    run, size, address = load_c(DECODE_C, "decode").decode_step, ctypes.c_int64, ctypes.c_void_p
+    run.argtypes = [address, address, *[size] * 8, address, address, size, size, size, ctypes.c_float,
+                    address, size, address, address]
+    run.restype = None
+    return run
+
+def _run_c(x, table, layers, num_heads, past, cos_sin, half, norm, eps, mask, last_norm):
+    x, first = x.contiguous().clone(), layers[0]
+    (batch, width), (_, kv_heads, capacity, _), ff = x.shape, first.keys.shape, first.w1.shape[0]
+    if not 0 <= past < capacity: raise IndexError(_no_column(past, capacity))
+    scratch = torch.empty(batch * (3 * width + 2 * kv_heads * (width // num_heads) + 2 * ff) + past + 1)
+    tables = 0 if cos_sin is None else cos_sin[0].shape[0]
+    shared = (None, None, mask, last_norm) if cos_sin is None else (*cos_sin, mask, last_norm)
+    shared = [None if t is None else t.contiguous() for t in shared]
+    cos, sin, mask, last_norm = (None if t is None else t.data_ptr() for t in shared)
+    _c_function()(x.data_ptr(), table, len(layers), batch, width, num_heads, kv_heads, ff, past,
+                  capacity, cos, sin, tables, half, _NORMS[norm], eps, mask, past + 1, last_norm,
+                  scratch.data_ptr())
     return x
+
+# %% ../../nbs/kernels/decode.ipynb #f5d84972
+def _wants_gradient(x: Tensor, layers: list) -> bool:
+    if not torch.is_grad_enabled(): return False
+    return x.requires_grad or any(t is not None and t.requires_grad for layer in layers for t in layer)
 
 def decode_step(x: Tensor, layers: list[DecodeLayer], num_heads: int, past: int,
                 cos_sin: tuple | None = None, half: bool = False, norm: str = "pre",
@@ -461,7 +582,15 @@ def decode_step(x: Tensor, layers: list[DecodeLayer], num_heads: int, past: int,
     `cos_sin`: cosines and sines `(batch or 1, head_dim/2)` for each row's position, or none;
     `half` as for `rotary`; `norm`: "pre", "post" or "none"; `mask (batch, past+1)`: True =
     visible; `last_norm (width,)`: gains of an RMSNorm after the last layer. float32 tensors on a
-    CPU, contiguous, without gradients, run in C; others by the definition."""
-    in_c = x.dtype == torch.float32 and x.device.type == "cpu" and can_decode_step()
-    step = _decode_step_c if in_c else decode_step_reference
-    return step(x, layers, num_heads, past, cos_sin, half, norm, eps, mask, last_norm)
+    CPU, contiguous, layers of one size, without gradients, run in C; others by the definition."""
+    table, in_c = None, x.dtype == torch.float32 and x.is_cpu and can_decode_step()
+    if in_c and not _wants_gradient(x, layers): table = _table(x, layers, num_heads, past, norm)
+    if table is None:
+        _check_shared(x, num_heads, norm)
+        for layer in layers: _check_layer(layer, x, num_heads, past, norm)
+    cos_sin, mask = _checked_cos_sin(cos_sin, x, num_heads), _checked_mask(mask, x, past)
+    _check_last_norm(last_norm, x)
+    shared = num_heads, past, cos_sin, half, norm, eps, mask, last_norm
+    if table is not None and (last_norm is None or last_norm.dtype == torch.float32):
+        return _run_c(x, table, layers, *shared)
+    return decode_step_reference(x, layers, *shared)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .build import load_c, pointer, split_rows
+from .checks import broadcast_to, check_device, check_floating, described
 
 # %% ../../nbs/kernels/elementwise.ipynb #17de1e34
 def _wide(x: Tensor) -> Tensor:
@@ -253,12 +254,23 @@ class _RMSNormTorch(torch.autograd.Function):
         return dx.addcmul_(rstd, surplus), dw, None
 
 # %% ../../nbs/kernels/elementwise.ipynb #e4a73b08
+_FLOATS = {torch.float32, torch.float64, torch.bfloat16, torch.float16}
+
+def _checked_weight(x: Tensor, weight: Tensor) -> Tensor:
+    "`weight (d,)` in full."
+    if not x.dim(): raise ValueError(f"x is {described(x)}; it must be (..., d)")
+    check_floating(x=x, weight=weight)
+    check_device("weight", weight, x)
+    return broadcast_to("weight", weight, x.shape[-1:])
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5,
              dtype: torch.dtype | None = None) -> Tensor:
     """RMSNorm of `x (..., d)` with `weight (d,)`, computed in float32 (float64 stays float64) and
     given in `dtype`, by default `x`'s (Zhang and Sennrich, 2019, equation 4). Any empty `x` is
     itself."""
     dtype = dtype or x.dtype
+    shape = x.shape
+    as_usual = shape and weight.shape == shape[-1:] and weight.is_cpu == x.is_cpu
+    if not as_usual or x.dtype not in _FLOATS: weight = _checked_weight(x, weight)
     with_grad = torch.is_grad_enabled()
     large = with_grad or x.numel() > 10_000    # a few numbers without gradient are faster in torch
     if x.device.type == "cpu" and x.numel() and not torch.compiler.is_compiling():
@@ -267,7 +279,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5,
         if with_grad and x.dtype in (torch.float32, torch.float64):
             return _RMSNormTorch.apply(x.contiguous(), weight.to(x.dtype), eps).to(dtype)
     wide = _wide(x)
-    return F.rms_norm(wide, weight.shape, weight.to(wide.dtype), eps).to(dtype)
+    if weight.dtype != wide.dtype: weight = weight.to(wide.dtype)
+    y = F.rms_norm(wide, weight.shape, weight, eps)
+    return y if dtype == wide.dtype else y.to(dtype)
 
 # %% ../../nbs/kernels/elementwise.ipynb #d82a72a5
 class _SwiGLUC(torch.autograd.Function):
@@ -290,13 +304,27 @@ class _SwiGLUC(torch.autograd.Function):
         split_rows(lambda i, j: run(*tensors, _int(i), _int(j)), a.numel(), 4 * a.numel())
         return da, db
 
+def _check_pair(a: Tensor, b: Tensor) -> None:
+    check_floating(a=a, b=b)
+    check_device("b", b, a)
+    try: torch.broadcast_shapes(a.shape, b.shape)
+    except RuntimeError: problem = f"a and b must broadcast; they are {described(a)} and {described(b)}"
+    else: return
+    raise ValueError(problem)
+
 def swiglu(a: Tensor, b: Tensor) -> Tensor:
-    "`silu(a) ⊙ b` of two tensors of one shape and dtype (Shazeer, 2020, section 2)."
+    "`silu(a) ⊙ b` of two tensors that broadcast (Shazeer, 2020, section 2)."
     large = torch.is_grad_enabled() and a.numel() > 0 or a.numel() > 10_000
-    if large and a.dtype == b.dtype and _can_run(a, b): return _SwiGLUC.apply(a, b)
-    return swiglu_reference(a, b)
+    if large and a.shape == b.shape and a.dtype == b.dtype and _can_run(a, b):
+        return _SwiGLUC.apply(a, b)
+    try: return swiglu_reference(a, b)
+    except RuntimeError:
+        _check_pair(a, b)          # torch's refusal in this function's words
+        raise
 
 # %% ../../nbs/kernels/elementwise.ipynb #19255a98
+_BY_HEAD = (0, 2, 1, 3)          # the layout in memory that attention reads
+
 def _rotate_c(x, cos, sin, half, sign, order=(0, 1, 2, 3)):
     """Rotates `x (batch, length, heads, d)`. The result has the memory layout of the dimensions in
     `order`."""
@@ -316,18 +344,38 @@ class _RotaryC(torch.autograd.Function):
     def forward(ctx, x, cos, sin, half):
         ctx.save_for_backward(cos, sin)
         ctx.half = half
-        return _rotate_c(x, cos, sin, half, 1.0, (0, 2, 1, 3))   # by head, as attention reads it
+        return _rotate_c(x, cos, sin, half, 1.0, _BY_HEAD)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         return _rotate_c(dy, *ctx.saved_tensors, ctx.half, -1.0), None, None, None
 
+# %% ../../nbs/kernels/elementwise.ipynb #3fb2c3d4
+def _checked_tables(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    "`cos` and `sin` `(length, d/2)` or `(..., length, d/2)`."
+    if x.dim() < 3 or x.shape[-1] % 2:
+        raise ValueError(f"x is {described(x)}; it must be (..., length, heads, d) with even d")
+    *batch, length, _, width = x.shape
+    shape = length, width // 2
+    if not cos.shape == sin.shape == shape:
+        cos, sin = (t.squeeze(0) if t.dim() == 3 else t for t in (cos, sin))     # one for all rows
+        if cos.dim() > 2 or sin.dim() > 2: shape = *batch, *shape
+        cos, sin = broadcast_to("cos", cos, shape), broadcast_to("sin", sin, shape)
+    if not x.dtype == cos.dtype == sin.dtype: check_floating(x=x, cos=cos, sin=sin)
+    if not x.is_cpu == cos.is_cpu == sin.is_cpu:
+        check_device("cos", cos, x)
+        check_device("sin", sin, x)
+    return cos, sin
+
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, half: bool = False) -> Tensor:
     """Pairs of channels of `x (..., length, heads, d)` rotated by the angles whose `cos` and `sin`
     are `(length, d/2)`, or `(batch, length, d/2)` for `x (batch, length, heads, d)` (Su et al.,
     2021, equation 34). `half`: pairs are d/2 apart instead of neighbours. Computed in float32 at
     least."""
-    if x.dim() == 4 and x.numel() and cos.dtype == torch.float32 and _can_run(x, cos, sin):
-        return _RotaryC.apply(x, cos.contiguous(), sin.contiguous(), half)
-    return rotary_reference(x, cos, sin, half)
+    cos, sin = _checked_tables(x, cos, sin)
+    in_c = x.dim() == 4 and x.numel() and cos.dtype == torch.float32 and _can_run(x, cos, sin)
+    if not in_c: return rotary_reference(x, cos, sin, half)
+    cos, sin = cos.contiguous(), sin.contiguous()
+    if torch.is_grad_enabled(): return _RotaryC.apply(x, cos, sin, half)
+    return _rotate_c(x, cos, sin, half, 1.0, _BY_HEAD)

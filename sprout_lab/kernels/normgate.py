@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .build import choose_backend, custom_op, load_c, pointer, split_rows
+from .checks import broadcast_to, check_device, check_floating, described
 
 try:
     import triton
@@ -251,20 +252,33 @@ class _NormGate(torch.autograd.Function):
         dg, dh = dg.view(ctx.shape).to(ctx.dtypes[0]), dh.view(ctx.shape).to(ctx.dtypes[1])
         return dg, dh, dw.to(ctx.dtypes[2]), None, None
 
+# %% ../../nbs/kernels/normgate.ipynb #1fb2c3d4
+def _checked_weight(g: Tensor, h: Tensor, weight: Tensor) -> Tensor:
+    "`weight (D,)` in full."
+    shape = g.shape
+    if not shape or shape != h.shape:
+        they_are = f"they are {described(g)} and {described(h)}"
+        raise ValueError(f"g and h must have one shape (..., D); {they_are}")
+    if weight.shape != shape[-1:]: weight = broadcast_to("weight", weight, shape[-1:])
+    if not g.dtype == h.dtype == weight.dtype: check_floating(g=g, h=h, weight=weight)
+    if not g.is_cpu == h.is_cpu == weight.is_cpu:
+        check_device("h", h, g)
+        check_device("weight", weight, g)
+    return weight
+
 def norm_gate(g: Tensor, h: Tensor, weight: Tensor, eps: float = 1e-6, backend: str = "auto") -> Tensor:
     """$RMSNorm(g) ⊙ silu(h)$ for `g`, `h` `(..., D)` and `weight (D,)` → `(..., D)` in `g`'s
     dtype, computed in float32 or float64. (MatMul-free LM: Zhu et al., 2024, section 3.3.)"""
-    if g.shape != h.shape:
-        raise ValueError(f"g and h must have one shape; they have {tuple(g.shape)} and {tuple(h.shape)}")
+    weight = _checked_weight(g, h, weight)
     backend = choose_backend(backend, g, NORMGATE_C, "normgate")
-    if backend == "reference":
+    if backend == "reference" or not g.numel():
         wide = torch.float64 if g.dtype == torch.float64 else torch.float32
         return norm_gate_reference(g.to(wide), h.to(wide), weight.to(wide), eps).to(g.dtype)
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return _NormGate.apply(g, h, weight, eps, backend).to(g.dtype)
     # decoding: an operator's dispatch would take most of the time
-    y, _ = _forward[backend](_rows(g), _rows(h), weight.float().contiguous(), eps)
-    return y.view(g.shape).to(g.dtype)
+    y = _forward[backend](_rows(g), _rows(h), weight.float().contiguous(), eps)[0].view(g.shape)
+    return y if y.dtype == g.dtype else y.to(g.dtype)
 
 # %% ../../nbs/kernels/normgate.ipynb #980a923a
 def silu_gate_reference(x: Tensor) -> Tensor:
@@ -353,10 +367,12 @@ class _SiLUGate(torch.autograd.Function):
 def silu_gate(x: Tensor, backend: str = "auto") -> Tensor:
     """$silu(a) ⊙ b$ for `x = [a, b]` `(..., 2M)` → `(..., M)` in `x`'s dtype, computed in float32
     or float64. (SwiGLU: Shazeer, 2020, equation 6.)"""
+    if not x.dim() or x.shape[-1] % 2: raise ValueError(f"x is {described(x)}; it must be (..., 2M)")
     backend = choose_backend(backend, x, NORMGATE_C, "normgate")
-    if backend == "reference":
+    if backend == "reference" or not x.numel():
         wide = x if x.dtype == torch.float64 else x.float()
         return silu_gate_reference(wide).to(x.dtype)
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return _SiLUGate.apply(x, backend).to(x.dtype)
-    return _silu_gate(_rows(x), backend).view(*x.shape[:-1], -1).to(x.dtype)
+    y = _silu_gate(_rows(x), backend).view(*x.shape[:-1], -1)
+    return y if y.dtype == x.dtype else y.to(x.dtype)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .build import choose_backend, custom_op, load_c, pointer, split_rows
+from .checks import broadcast_to, check_device, check_floating, described
 
 try:
     import triton
@@ -369,8 +370,30 @@ class _Scan(torch.autograd.Function):
 def _one_step(f, i, h0, reset):
     if h0 is None: return i
     if reset is not None: h0 = h0.masked_fill(reset.bool(), 0)
-    return (f[:, 0] * h0 + i[:, 0]).unsqueeze(1)
+    return (f.select(1, 0) * h0 + i.select(1, 0)).unsqueeze(1)
 
+# %% ../../nbs/kernels/scan.ipynb #b3c8d0e2
+def _checked(f: Tensor, i: Tensor, h0: Tensor | None, reset: Tensor | None) -> tuple:
+    "`h0 (batch, D)` and `reset (batch, T)` in full, or none."
+    shape = f.shape
+    if len(shape) != 3 or shape != i.shape:
+        they_are = f"they are {described(f)} and {described(i)}"
+        raise ValueError(f"f and i must have one shape (batch, T, D); {they_are}")
+    batch, length, width = shape
+    if i.dtype != f.dtype: check_floating(f=f, i=i)
+    if i.is_cpu != f.is_cpu: check_device("i", i, f)
+    if h0 is not None:
+        if h0.shape != (batch, width): h0 = broadcast_to("h0", h0, (batch, width))
+        if h0.dtype != f.dtype: check_floating(h0=h0)
+        if h0.is_cpu != f.is_cpu: check_device("h0", h0, f)
+    if reset is not None:
+        if reset.dtype != torch.bool:
+            raise ValueError(f"reset is {described(reset)}; it must be boolean")
+        if reset.shape != (batch, length): reset = broadcast_to("reset", reset, (batch, length))
+        check_device("reset", reset, f)
+    return h0, reset
+
+# %% ../../nbs/kernels/scan.ipynb #c4d9e1f3
 def gated_scan(f: Tensor, i: Tensor, h0: Tensor | None = None, reset: Tensor | None = None,
                backend: str = "auto") -> tuple[Tensor, Tensor]:
     """$h_t = f_t ⊙ h_{t-1} + i_t$ for `f`, `i` `(batch, T, D)`; returns all states `(batch, T, D)`
@@ -379,21 +402,19 @@ def gated_scan(f: Tensor, i: Tensor, h0: Tensor | None = None, reset: Tensor | N
     `h0 (batch, D)`: the state before the first step, by default zero. `reset (batch, T)`, boolean:
     where true the state starts anew, $h_t = i_t$. States are float32 for half-precision inputs,
     float64 for float64. (HGRN: Qin, Yang, Zhong, 2023, equation 4.)"""
-    if f.shape != i.shape or f.dim() != 3:
-        shapes = f"{tuple(f.shape)} and {tuple(i.shape)}"
-        raise ValueError(f"f and i must have one shape (batch, T, D); they have {shapes}")
-    if f.shape[1] == 0: return i, i.new_zeros(i.shape[0], i.shape[2]) if h0 is None else h0
-    backend = choose_backend(backend, f, SCAN_C, "scan")
+    h0, reset = _checked(f, i, h0, reset)
+    backend, length = choose_backend(backend, f, SCAN_C, "scan"), f.shape[1]
+    if length == 0: return i, i.new_zeros(i.shape[0], i.shape[2]) if h0 is None else h0
     if backend == "reference":
         if f.dtype != torch.float64: f, i, h0 = f.float(), i.float(), None if h0 is None else h0.float()
         return scan_reference(f, i, h0, reset)
     f, i = f.float().contiguous(), i.float().contiguous()
     if h0 is not None: h0 = h0.float().contiguous()
     if reset is not None: reset = reset.to(torch.uint8).contiguous()
-    one_step = f.shape[1] == 1 and not (f.requires_grad or i.requires_grad)
+    one_step = length == 1 and not (f.requires_grad or i.requires_grad)
     if one_step and backend != "triton": h = _one_step(f, i, h0, reset)
     else: h = _Scan.apply(f, i, h0, reset, backend)
-    return h, h[:, -1]
+    return h, h.select(1, -1)
 
 # %% ../../nbs/kernels/scan.ipynb #592057c7
 def dechunk_scan(z: Tensor, p: Tensor, e0: Tensor | None = None, reset: Tensor | None = None,
@@ -401,7 +422,11 @@ def dechunk_scan(z: Tensor, p: Tensor, e0: Tensor | None = None, reset: Tensor |
     """$e_j = p_j z_j + (1 - p_j) e_{j-1}$ for `z (batch, M, D)` and `p (batch, M)`: all states and
     the last one, as `gated_scan` gives them. `e0 (batch, D)`: the state before; `reset (batch,
     M)`: where true, $e_j = p_j z_j$."""
-    p = p.to(z.dtype).unsqueeze(-1)
+    if z.dim() != 3: raise ValueError(f"z is {described(z)}; it must be (batch, M, D)")
+    check_floating(z=z, p=p)
+    check_device("p", p, z)
+    if p.shape != z.shape[:2]: p = broadcast_to("p", p, z.shape[:2])
+    p = p.to(z.dtype).unsqueeze(-1)                   # (batch, M, 1)
     return gated_scan((1 - p).expand_as(z), p * z, e0, reset, backend)
 
 # %% ../../nbs/kernels/scan.ipynb #ecb04b40

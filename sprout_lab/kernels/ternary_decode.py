@@ -7,6 +7,7 @@ __all__ = ['TERNARY_STEP_C', 'StepLinear', 'StepBlock', 'StepStage', 'ternary_st
 
 # %% ../../nbs/kernels/ternary_decode.ipynb #4db87bd9
 import ctypes
+import struct
 from typing import NamedTuple
 
 import torch
@@ -14,8 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .bitlinear import quantize_activations
-from .build import load_c
+from .build import load_c, pointer
+from .checks import Layout, check_floating, check_shape, described
 from .normgate import EXP_C
+from .ternary import check_ternary
 
 # %% ../../nbs/kernels/ternary_decode.ipynb #3fb8da4d
 class StepLinear(NamedTuple):
@@ -139,7 +142,7 @@ def ternary_step_reference(ids: Tensor, embedding: Tensor, stage: StepStage, hea
     prob = torch.zeros(len(ids), stage.depth(), dtype=embedding.dtype)
     rows = [_stage(embedding[i], stage, iter([state[row] for state in states]), prob[row])
             for row, i in enumerate(ids)]
-    return torch.stack(rows) @ head.T, prob
+    return (torch.stack(rows) if rows else embedding[:0]) @ head.T, prob
 
 # %% ../../nbs/kernels/ternary_decode.ipynb #74b90fbb
 _TYPES_C = r"""
@@ -209,9 +212,10 @@ static void dense(const real *w, const real *x, real *y, int64_t out, int64_t in
 def pack_fours(codes: Tensor) -> Tensor:
     """int8 codes −1, 0, 1 `(O, D)` → uint8 `(⌈O/4⌉, 64·⌈D/64⌉)`: a byte holds one column of four
     rows, the first in the lowest bits."""
+    check_ternary(codes)
     outputs, inputs = codes.shape
     padded = F.pad(codes, (0, -inputs % 64, 0, -outputs % 4))
-    fours = (padded.view(-1, 4, padded.shape[1]) + 1).to(torch.uint8)
+    fours = (padded.view(-(-outputs // 4), 4, padded.shape[1]) + 1).to(torch.uint8)
     shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8).view(4, 1)
     return (fours << shifts).sum(1, dtype=torch.uint8)
 
@@ -510,7 +514,7 @@ class _Memory:
     def address(self, tensor: Tensor | None) -> int | None:
         "Where the numbers of a tensor are; none for none."
         if tensor is None: return None
-        return self.keep(tensor.detach().to(self.dtype).contiguous()).data_ptr()
+        return pointer(self.keep(tensor.detach().to(self.dtype).contiguous())).value
 
     def linear(self, m: StepLinear) -> _Linear:
         self._packed.append(pack_fours(m.codes))
@@ -520,7 +524,8 @@ class _Memory:
     def place_matrices(self) -> None:
         "`linears`, in the order in which they were made, learn where their codes are."
         if not self._packed: return
-        address = self.keep(torch.cat([packed.flatten() for packed in self._packed])).data_ptr()
+        weights = self.keep(torch.cat([packed.flatten() for packed in self._packed]))
+        address = pointer(weights).value
         for packed, linear in zip(self._packed, self.linears):
             linear.packed = address
             address += packed.numel()
@@ -556,9 +561,8 @@ def _fill_stage(s: StepStage, first_state: int, outer: int, memory: _Memory) -> 
         decoder, next_state = _fill_blocks(s.decoder, next_state, memory)
     tensors = [memory.address(t) for t in (s.norm, s.pad, s.query, s.key, s.residual, s.decoder_norm)]
     x = memory.address(torch.zeros(width, dtype=memory.dtype))
-    stage = _Stage(blocks, decoder, inner, *tensors, x, s.eps, len(s.blocks), len(s.decoder), width, outer,
-                   router_state)
-    return memory.keep(stage), next_state
+    sizes = len(s.blocks), len(s.decoder), width, outer, router_state
+    return memory.keep(_Stage(blocks, decoder, inner, *tensors, x, s.eps, *sizes)), next_state
 
 # %% ../../nbs/kernels/ternary_decode.ipynb #e93d50cf
 class _Plan:
@@ -566,7 +570,7 @@ class _Plan:
 
     def __init__(self, embedding: Tensor, stage: StepStage, head: Tensor):
         self._memory = memory = _Memory(embedding.dtype)
-        self.embedding, self.head = _pointer(memory.address(embedding)), _pointer(memory.address(head))
+        self.embedding, self.head = memory.address(embedding), memory.address(head)
         filled, _ = _fill_stage(stage, 0, embedding.shape[1], memory)
         memory.place_matrices()
         sizes = [max(m.inputs, m.outputs) for m in memory.linears]
@@ -575,7 +579,96 @@ class _Plan:
         rows = memory.keep(torch.zeros(7, widest, dtype=embedding.dtype))
         workspace = _Workspace(codes.data_ptr(), *(row.data_ptr() for row in rows))
         self.stage, self.workspace = ctypes.byref(filled), ctypes.byref(memory.keep(workspace))
-        self.run = load_c(TERNARY_STEP_C[embedding.dtype], "ternary_step").ternary_step
+        self.dtype, library = embedding.dtype, load_c(TERNARY_STEP_C[embedding.dtype], "ternary_step")
+        self.run = library.ternary_step
+        self.run.argtypes, self.run.restype = [*[_pointer] * 8, *[_int] * 3], None
+
+# %% ../../nbs/kernels/ternary_decode.ipynb #e2d1b6c8
+def _check_linear(name: str, m: StepLinear, outputs: int | None, inputs: int | None) -> None:
+    check_ternary(m.codes)
+    check_shape(f"{name}.codes", m.codes, (outputs, inputs))
+    check_shape(f"{name}.gain", m.gain, m.codes.shape[1:])
+    if 0 in m.codes.shape: raise ValueError(f"{name}.codes is {described(m.codes)}; it has no numbers")
+
+def _check_block(b: StepBlock, width: int) -> None:
+    _check_linear("f", b.f, None, width)
+    _check_linear("down", b.down, width, None)
+    state, ff = b.f.codes.shape[0], b.down.codes.shape[1]
+    for name in ("i", "g"): _check_linear(name, getattr(b, name), state, width)
+    _check_linear("o", b.o, width, state)
+    _check_linear("gate", b.gate, 2 * ff, width)
+    for name, size in dict(attn_norm=width, mlp_norm=width, g_norm=state).items():
+        check_shape(name, getattr(b, name), (size,))
+    if b.lower_bound is not None: check_shape("lower_bound", b.lower_bound, (state,))
+    if len(b.convs) > 2: raise ValueError(f"a block has {len(b.convs)} convolutions; two are the most")
+    for weight in b.convs:
+        check_shape("convs", weight, (width, None), f"({width}, taps)")
+        if weight.shape[1] < 2 or weight.shape != b.convs[0].shape:
+            raise ValueError(f"convs is {described(weight)}; all have one number of taps, two or more")
+
+# %% ../../nbs/kernels/ternary_decode.ipynb #f3e2c7d9
+def _check_stage(s: StepStage, outer: int) -> None:
+    "A stage inside one that is `outer` wide."
+    check_shape("norm", s.norm, (None,), "(width,)")
+    width = s.norm.shape[0]
+    if width < outer:
+        raise ValueError(f"norm is {described(s.norm)}; it must be as wide as the {outer} around it")
+    if s.pad is not None: check_shape("pad", s.pad, (width - outer,))
+    elif width > outer:
+        raise ValueError(f"pad is none; from {outer} channels to {width} it must be ({width - outer},)")
+    for block in (*s.blocks, *s.decoder): _check_block(block, width)
+    if s.inner is None: return
+    for name in ("query", "key", "residual", "decoder_norm"):
+        tensor, shape = getattr(s, name), (width,) if name == "decoder_norm" else (width, width)
+        if tensor is None: raise ValueError(f"{name} is none; around an inner stage it must be {shape}")
+        check_shape(name, tensor, shape)
+    _check_stage(s.inner, width)
+
+def _check_model(embedding: Tensor, stage: StepStage, head: Tensor) -> None:
+    check_floating(embedding=embedding, head=head)
+    check_shape("embedding", embedding, (None, None), "(vocabulary, width)")
+    check_shape("head", head, (None, embedding.shape[1]), f"(vocabulary, {embedding.shape[1]})")
+    if not embedding.numel(): raise ValueError(f"embedding is {described(embedding)}; it is empty")
+    check_shape("norm", stage.norm, tuple(embedding.shape[1:]))
+    _check_stage(stage, embedding.shape[1])
+
+# %% ../../nbs/kernels/ternary_decode.ipynb #15041ef9
+_INTEGERS = {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8}
+
+def _checked_ids(ids: Tensor, vocabulary: int) -> list[int]:
+    if ids.dtype not in _INTEGERS or ids.dim() != 1:
+        raise ValueError(f"ids is {described(ids)}; it must be (batch,), whole numbers")
+    tokens = ids.tolist()
+    if tokens and not 0 <= min(tokens) <= max(tokens) < vocabulary:
+        raise IndexError(f"ids {tokens}: the model knows 0 to {vocabulary - 1}")
+    return tokens
+
+def _check_states(states: list, shapes: list, batch: int, dtype: torch.dtype) -> None:
+    if len(states) != len(shapes):
+        raise ValueError(f"there are {len(states)} states; the model has {len(shapes)}")
+    for k, (state, shape) in enumerate(zip(states, shapes)):
+        check_shape(f"states[{k}]", state, (batch, *shape))
+        wanted = dtype if shape else torch.bool
+        if state.dtype == wanted: continue
+        raise ValueError(f"states[{k}] is {described(state)}; it must be of {wanted}")
+
+# %% ../../nbs/kernels/ternary_decode.ipynb #3726301b
+def _can_run_in_c(embedding: Tensor, stage: StepStage) -> bool:
+    dtype, blocks = embedding.dtype, [b for s in stage.stages() for b in (*s.blocks, *s.decoder)]
+    inputs = [getattr(b, name).codes.shape[1] for b in blocks for name in _MATRICES]
+    if dtype not in TERNARY_STEP_C or not embedding.is_cpu: return False
+    if max(inputs, default=0) >= 90_000: return False
+    return load_c(TERNARY_STEP_C[dtype], "ternary_step") is not None
+
+def _run(plan, tokens: list[int], states: list, vocabulary: int, depth: int) -> tuple[Tensor, Tensor]:
+    batch = len(tokens)
+    logits = torch.empty(batch, vocabulary, dtype=plan.dtype)
+    prob = torch.zeros(batch, depth, dtype=plan.dtype)
+    addresses = struct.pack(f"{len(states)}P", *map(Tensor.data_ptr, states))
+    ids = struct.pack(f"{batch}q", *tokens)
+    plan.run(plan.stage, plan.workspace, ids, plan.embedding, plan.head, addresses, logits.data_ptr(),
+             prob.data_ptr(), batch, vocabulary, depth)
+    return logits, prob
 
 # %% ../../nbs/kernels/ternary_decode.ipynb #8bd4e19f
 class TernaryStep:
@@ -583,47 +676,40 @@ class TernaryStep:
     and the boundary probabilities `(batch, depth)`, 0 where a stage was not reached.
 
     `ids (batch,)`; `embedding`, `head` `(vocabulary, width)`; `states` of `stage.state_shapes()`,
-    the batch first, contiguous, are written in place. All tensors float32, or all float64, on the
-    CPU. The matrices are packed once, here; norms, embedding and head are read where they are.
-    Without a compiler it computes by the definition. Not for two threads at once: it works on
-    memory of its own."""
+    the batch first, are written in place. The matrices are packed once, at the first step; norms,
+    embedding and head are read where they are. float32 and float64 on the CPU, states without
+    gaps, run in C; others by the definition. Not for two threads at once: it works on memory of
+    its own."""
 
     def __init__(self, embedding: Tensor, stage: StepStage, head: Tensor):
+        _check_model(embedding, stage, head)
         self.embedding, self.stage, self.head = embedding.detach(), stage, head.detach()
-        self.dtype, self.depth, self._plan, self._in_c = embedding.dtype, stage.depth(), None, None
+        self.dtype, self.depth, self._shapes = embedding.dtype, stage.depth(), stage.state_shapes()
+        self._plan, self._in_c, self._known = None, None, (None, None)
 
     def new_states(self, batch: int) -> list[Tensor]:
         "Zeros: the states before the first byte."
         return [torch.zeros(batch, *shape, dtype=self.dtype if shape else torch.bool)
-                for shape in self.stage.state_shapes()]
+                for shape in self._shapes]
 
     def runs_in_c(self) -> bool:
         """Whether the C path is there: a type it knows, on the CPU, sums that fit 32 bits, a
         compiler, and no torch.compile that traces."""
-        if self._in_c is None: self._in_c = self._can_run_in_c()
+        if self._in_c is None: self._in_c = _can_run_in_c(self.embedding, self.stage)
         return self._in_c and not torch.compiler.is_compiling()
 
-    def _can_run_in_c(self) -> bool:
-        if self.dtype not in TERNARY_STEP_C or self.embedding.device.type != "cpu": return False
-        blocks = [b for s in self.stage.stages() for b in (*s.blocks, *s.decoder)]
-        inputs = [getattr(b, name).codes.shape[1] for b in blocks for name in _MATRICES]
-        if max(inputs, default=0) >= 90_000: return False
-        return load_c(TERNARY_STEP_C[self.dtype], "ternary_step") is not None
+    def _takes(self, states: list, batch: int) -> bool:
+        """Whether C takes the states, which are checked unless they are like those of the step
+        before."""
+        if self._known[0] == batch and self._known[1].matches(states): return True
+        _check_states(states, self._shapes, batch, self.dtype)
+        if not all(t.is_cpu and t.is_contiguous() and t.data_ptr() for t in states): return False
+        self._known = batch, Layout(states)
+        return True
 
     def __call__(self, ids: Tensor, states: list[Tensor]) -> tuple[Tensor, Tensor]:
-        if not self.runs_in_c():
+        tokens = _checked_ids(ids, self.embedding.shape[0])
+        if not self._takes(states, len(tokens)) or not self.runs_in_c():
             return ternary_step_reference(ids, self.embedding, self.stage, self.head, states)
         if self._plan is None: self._plan = _Plan(self.embedding, self.stage, self.head)
-        return self._run(self._plan, ids, states)
-
-    def _run(self, plan, ids, states):
-        (batch,), vocabulary, tokens = ids.shape, self.head.shape[0], ids.tolist()
-        if not 0 <= min(tokens) <= max(tokens) < vocabulary:
-            raise IndexError(f"ids {tokens}: the model knows 0 to {vocabulary - 1}")
-        logits = torch.empty(batch, vocabulary, dtype=self.dtype)
-        prob = torch.zeros(batch, self.depth, dtype=self.dtype)
-        addresses = (_pointer * len(states))(*[state.data_ptr() for state in states])
-        plan.run(plan.stage, plan.workspace, (_int * batch)(*tokens), plan.embedding, plan.head, addresses,
-                 _pointer(logits.data_ptr()), _pointer(prob.data_ptr()),
-                 _int(batch), _int(vocabulary), _int(self.depth))
-        return logits, prob
+        return _run(self._plan, tokens, states, self.head.shape[0], self.depth)

@@ -44,8 +44,10 @@ def check_cache(past_key_values, cache_class: type[Cache]):
     if past_key_values is None or isinstance(past_key_values, cache_class): return past_key_values
     wanted, given = cache_class.__name__, type(past_key_values).__name__
     raise ConfigError(
-        f"past_key_values is a {given}: this model keeps its past in a {wanted}; leave it out, or pass what "
-        "make_cache() gives (methods that write keys and values, such as prefix tuning, do not apply)")
+        f"past_key_values is a {given}: this model keeps its past in a {wanted}; leave it out, or "
+        f"pass what "
+        "make_cache() gives (methods that write keys and values, such as prefix tuning, do not "
+        "apply)")
 
 # %% ../../nbs/models/causal.ipynb #b038942a
 _MOST_AT_ONCE = 4096   # columns; a longer text doubles its room when it gets there
@@ -67,7 +69,8 @@ class CausalGenerationMixin(GenerationMixin):
         if wanted and model_kwargs.get("past_key_values") is None:
             kind, (_, batch_size, length) = generation_config.cache_implementation, rest
             own = f"{type(self).__name__} makes its own cache; leave it out"
-            if kind not in (None, "dynamic"): raise ConfigError(f"cache_implementation={kind}: {own}")
+            if kind not in (None, "dynamic"):
+                raise ConfigError(f"cache_implementation={kind}: {own}")
             cache = self.make_cache(batch_size, min(length, _MOST_AT_ONCE))
             model_kwargs["past_key_values"] = cache
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *rest)

@@ -7,7 +7,8 @@ __all__ = ['HNetSwitches', 'HNetBitConfig', 'WideLinear', 'Boundaries', 'Routing
            'DeChunkState', 'DeChunkLayer', 'ChunkAttentionState', 'rotate_half_pairs', 'ChunkAttention',
            'ChunkAttentionBlock', 'build_block', 'Stack', 'place_kept', 'place_rows', 'take_rows', 'put_rows',
            'StageLayers', 'nothing_inside', 'step_inside', 'HNetStage', 'ratio_loss', 'HNetBitModelOutput',
-           'HNetBitPreTrainedModel', 'HNetBitModel', 'HNetBitOutput', 'HNetBitForCausalLM', 'chunk_statistics']
+           'HNetBitPreTrainedModel', 'HNetBitModel', 'HNetBitOutput', 'scale_stages', 'HNetBitForCausalLM',
+           'chunk_statistics']
 
 # %% ../../nbs/models/hnet.ipynb #e5a6ffbc
 import json
@@ -17,7 +18,6 @@ from typing import Annotated
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
@@ -169,6 +169,10 @@ class Boundaries:
     boundary (0 at padding), and `mask`, true at boundaries."""
     prob: torch.Tensor
     mask: torch.Tensor
+
+    def moved(self, move) -> "Boundaries":
+        "The same where `move` puts both tensors."
+        return Boundaries(move(self.prob), move(self.mask))
 
 @dataclass
 class RoutingState:
@@ -519,13 +523,12 @@ def step_inside(inner, kept, active_rows, batch_size: int, cache: RecurrentCache
 
 # %% ../../nbs/models/hnet.ipynb #b61a7cba
 class HNetStage(StageLayers):
-    """One stage and all inside it, `x (batch, length, D)` → same shape, and the `Boundaries` of
-    every chunking stage from here on, over this stage's positions. `hidden_states`, a list, gets
-    each block's output, over these positions, too."""
+    """One stage and all inside it, `x (batch, length, D)` → same shape, with the `Boundaries` of
+    each. `hidden_states`, a list, gets each block's output."""
 
     def forward(self, x, batch: RaggedBatch, cache=None, hidden_states: list | None = None):
-        one_step = cache is not None and x.shape[1] == 1 and batch.is_plain
-        if one_step: return self.step(x, cache, hidden_states)
+        if cache is not None and x.shape[1] == 1 and batch.is_plain:
+            return self.step(x, cache, hidden_states)
         outer_width, x = x.shape[-1], self.widened(x)
         if self.innermost: return self.blocks(x, batch, cache, hidden_states)[..., :outer_width], []
         routing_state, dechunk_state = self.states(cache)
@@ -533,14 +536,13 @@ class HNetStage(StageLayers):
         x = self.encoder(x, batch, cache, hidden_states)                      # (batch, length, D)
         boundaries = self.routing(x, batch, routing_state)
         kept, kept_idx, inner_batch = self.chunk(x, boundaries.mask, batch)        # (batch, M, D)
-        if kept.shape[1]: z, found = self.inner(kept, inner_batch, cache, inner_hidden)
-        else: z, found = kept, nothing_inside(self.inner, kept, inner_hidden)
+        if kept.shape[1]: z, inner_boundaries = self.inner(kept, inner_batch, cache, inner_hidden)
+        else: z, inner_boundaries = kept, nothing_inside(self.inner, kept, inner_hidden)
         def outside(t): return place_kept(t, boundaries.mask)
         if hidden_states is not None: hidden_states += map(outside, inner_hidden)
         y = self.dechunk(z, kept_idx, inner_batch, boundaries, dechunk_state)  # (batch, length, D)
         y = self.decoder(y + self.residual_proj(x).to(y.dtype), batch, cache, hidden_states)
-        inner_boundaries = [Boundaries(outside(b.prob), outside(b.mask)) for b in found]
-        return y[..., :outer_width], [boundaries, *inner_boundaries]
+        return y[..., :outer_width], [boundaries, *(b.moved(outside) for b in inner_boundaries)]
 
     def step(self, x, cache: RecurrentCache, hidden_states: list | None = None):
         "The same for one position of every row, `(batch, 1, D)`, whose past is in `cache`."
@@ -551,13 +553,12 @@ class HNetStage(StageLayers):
         x = self.encoder(x, batch, cache, hidden_states)                           # (batch, 1, D)
         boundaries = self.routing.step(x, routing_state)
         kept, active_rows = self.chunk.step(x, boundaries.mask)                   # (active, 1, D)
-        z, found = step_inside(self.inner, kept, active_rows, len(x), cache, inner_hidden)
+        z, inner_boundaries = step_inside(self.inner, kept, active_rows, len(x), cache, inner_hidden)
         def outside(t): return place_rows(t, active_rows, len(x))
         if hidden_states is not None: hidden_states += map(outside, inner_hidden)
         y = self.dechunk.step(z, active_rows, boundaries, dechunk_state)           # (batch, 1, D)
         y = self.decoder(y + self.residual_proj(x).to(y.dtype), batch, cache, hidden_states)
-        inner_boundaries = [Boundaries(outside(b.prob), outside(b.mask)) for b in found]
-        return y[..., :outer_width], [boundaries, *inner_boundaries]
+        return y[..., :outer_width], [boundaries, *(b.moved(outside) for b in inner_boundaries)]
 
 # %% ../../nbs/models/hnet.ipynb #ab6bac1e
 def ratio_loss(prob, mask, target: float, valid=None):
@@ -667,25 +668,32 @@ class HNetBitOutput(ModelOutput):
     aux_loss: torch.Tensor | None = None
     ratio_loss: tuple | None = None
 
+# %% ../../nbs/models/hnet.ipynb #fca1e0c3
+def scale_stages(model: nn.Module, factors: list) -> None:
+    """Give each parameter of a hierarchy its stage's of the `factors`, outermost first, as
+    `lr_scale`."""
+    if not factors: return
+    for name, parameter in model.named_parameters():
+        parameter.lr_scale = float(factors[name.count("inner.")])
+
 # %% ../../nbs/models/hnet.ipynb #a0e2af5f
 class HNetBitForCausalLM(HNetBitModel, CausalGenerationMixin):
     """The hierarchical ternary model with its head: bytes to next-byte logits, loss, boundaries,
     and generation."""
+    base_model_class = HNetBitModel
     _tied_weights_keys = {"lm_head.weight": "embed_tokens.weight"}
 
     def __init__(self, config: HNetBitConfig):
         super().__init__(config)
-        if not config.lr_multiplier: return
-        for name, parameter in self.named_parameters():   # for the trainer's groups
-            parameter.lr_scale = float(config.lr_multiplier[name.count("inner.")])
+        scale_stages(self, config.lr_multiplier)
 
     def build_head(self):
         return nn.Linear(self.config.hidden_size, self.config.vocab_size, bias=False)
 
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None,
                 inputs_embeds=None, labels=None, use_cache=None, logits_to_keep=0,
-                output_hidden_states=None, return_dict=None, num_items_in_batch=None, cu_seqlens=None,
-                **kwargs):
+                output_hidden_states=None, return_dict=None, num_items_in_batch=None,
+                cu_seqlens=None, **kwargs):
         """Ids `(batch, length)` → `HNetBitOutput`. `labels (batch, length)` are shifted here,
         once; `shift_labels`, a keyword, are the targets themselves. `logits_to_keep`: an int for
         the last so many positions, or indices. The rest is as for `HNetBitModel`."""
@@ -708,9 +716,6 @@ class HNetBitForCausalLM(HNetBitModel, CausalGenerationMixin):
         output = HNetBitOutput(loss, logits, output.past_key_values, output.hidden_states,
                                output.boundary_prob, output.boundary_mask, aux, output.ratio_loss)
         return output if return_dict in (None, True) else output.to_tuple()
-
-# %% ../../nbs/models/hnet.ipynb #76a6f070
-AutoModel.register(HNetBitConfig, HNetBitModel, exist_ok=True)
 
 # %% ../../nbs/models/hnet.ipynb #73bb323e
 def _boundaries_of(model, input_ids, stage: int) -> torch.Tensor:

@@ -295,14 +295,19 @@ class Creativity:
     """The noise that a model thinks with in evaluation, for a while: `with model.creative(0.8,
     seed=1): …`."""
     def __init__(self, model, level, seed: int | None):
-        self.model, self.before = model, model.asked_creativity
-        device = next(model.parameters()).device
-        generator = None if seed is None else torch.Generator(device).manual_seed(seed)
-        model.asked_creativity = level, generator
+        self.model, self.level, self.seed = model, level, seed
 
-    def __enter__(self): return self.model
+    def __enter__(self):
+        model, self.before = self.model, self.model.asked_creativity
+        generator = None
+        if self.seed is not None:
+            generator = torch.Generator(next(model.parameters()).device).manual_seed(self.seed)
+        model.asked_creativity = self.level, generator
+        return model
+
     def __exit__(self, *error): self.model.asked_creativity = self.before
 
+# %% ../../nbs/models/mot.ipynb #d5a13ff9
 class MoTForCausalLM(MoTPreTrainedModel, CausalGenerationMixin):
     "The mixture of thoughts with its head: token ids to next-token logits, loss, and generation."
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -383,6 +388,7 @@ class ParallelThoughts:
     creativity: torch.Tensor
     thought_load: torch.Tensor
 
+# %% ../../nbs/models/mot.ipynb #500229e4
 @torch.no_grad()
 def generate_parallel_thoughts(model: MoTForCausalLM, input_ids, num_parallel: int = 4,
                                max_length: int = 50,

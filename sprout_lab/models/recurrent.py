@@ -5,8 +5,8 @@ convolution, and the model around a family's layers."""
 
 # %% auto #0
 __all__ = ['RaggedBatch', 'gather_columns', 'left_align', 'unalign', 'document_starts', 'align_inputs', 'StateLayer',
-           'RecurrentCache', 'ShortConvolution', 'RecurrentConfig', 'init_linear', 'RecurrentPreTrainedModel',
-           'RecurrentModel', 'RecurrentForCausalLM']
+           'RecurrentCache', 'joined_rows', 'ShortConvolution', 'RecurrentConfig', 'init_linear',
+           'RecurrentPreTrainedModel', 'RecurrentBackbone', 'RecurrentModel', 'RecurrentForCausalLM']
 
 # %% ../../nbs/models/recurrent.ipynb #d0636ab9
 from dataclasses import dataclass
@@ -199,10 +199,41 @@ class RecurrentCache(Cache):
         for mine, theirs in zip(self.layers, copy.layers): theirs.tensors = dict(mine.tensors)
         return copy if rows is None else copy.select(rows)
 
+    def join(self, other: "RecurrentCache") -> "RecurrentCache":
+        "Append the rows of another state of the same model, in place."
+        rows = [cache.num_rows() for cache in (self, other)]
+        for mine, theirs in zip(self.layers, other.layers):
+            names = {**mine.tensors, **theirs.tensors}
+            mine.tensors = {name: joined_rows(mine.get(name), theirs.get(name), *rows)
+                            for name in names}
+        self.tokens = max(self.tokens, other.tokens)
+        return self
+
+    def trim(self, columns: int) -> "RecurrentCache":
+        "Forget `columns` columns of padding: of them a state holds nothing but their number."
+        self.tokens -= columns
+        return self
+
+    def num_rows(self) -> int:
+        "Sequences in the batch; 0 before the first token."
+        return next((len(t) for layer in self.layers for t in layer.tensors.values()), 0)
+
     def bytes_per_row(self) -> int:
         "Memory of one sequence's state, in bytes."
         tensors = [t for layer in self.layers for t in layer.tensors.values() if len(t)]
         return sum(t.element_size() * t[0].numel() for t in tensors)
+
+# %% ../../nbs/models/recurrent.ipynb #ad717f8e
+def joined_rows(mine, theirs, rows: int, their_rows: int) -> torch.Tensor:
+    """Two batches of one kind of state, `(rows, …)` and `(their_rows, …)`, as one. What one of them
+    does not have yet is zero; where one has more places (chunks seen), the other gets empty ones."""
+    if mine is None: mine = theirs.new_zeros(rows, *theirs.shape[1:])
+    if theirs is None: theirs = mine.new_zeros(their_rows, *mine.shape[1:])
+    if mine.dim() > 2 and mine.shape[1] != theirs.shape[1]:
+        places = max(mine.shape[1], theirs.shape[1])
+        at_the_end = lambda t: (*[0, 0] * (t.dim() - 2), 0, places - t.shape[1])
+        mine, theirs = F.pad(mine, at_the_end(mine)), F.pad(theirs, at_the_end(theirs))
+    return torch.cat((mine, theirs.to(mine.dtype)))
 
 # %% ../../nbs/models/recurrent.ipynb #0ebab1a7
 def _tokens_since_start(starts: torch.Tensor, many: int) -> torch.Tensor:
@@ -321,9 +352,10 @@ class RecurrentPreTrainedModel(PreTrainedModel):
         return check_cache(past_key_values, RecurrentCache)
 
 # %% ../../nbs/models/recurrent.ipynb #53c7ece2
-class RecurrentModel(RecurrentPreTrainedModel):
-    """Token ids to hidden states: embedding, a family's layers, a last RMSNorm. A subclass sets
-    `config_class` and gives its layers with `build_layer`."""
+class RecurrentBackbone(RecurrentPreTrainedModel):
+    """What a recurrent model is made of: embedding, a family's layers, a last RMSNorm. A subclass
+    sets `config_class` and gives its layers with `build_layer`."""
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]   # of a checkpoint with its head
 
     def __init__(self, config):
         super().__init__(config)
@@ -348,6 +380,11 @@ class RecurrentModel(RecurrentPreTrainedModel):
     def make_cache(self, batch_size=None, capacity=None) -> RecurrentCache:
         "An empty state. Neither the batch size nor a capacity need be known."
         return RecurrentCache(len(self.layers))
+
+# %% ../../nbs/models/recurrent.ipynb #04227d73
+class RecurrentModel(RecurrentBackbone):
+    """Token ids to hidden states. A subclass sets `config_class` and gives its layers with
+    `build_layer`."""
 
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None,
                 inputs_embeds=None, use_cache=None, output_hidden_states=None, return_dict=None,
@@ -377,20 +414,20 @@ class RecurrentModel(RecurrentPreTrainedModel):
 # %% ../../nbs/models/recurrent.ipynb #cd0f907e
 class RecurrentForCausalLM(RecurrentPreTrainedModel, CausalGenerationMixin):
     """A recurrent model with its head: token ids to next-token logits, loss, and generation. A
-    subclass sets `config_class` and `base_class`, its `RecurrentModel`."""
-    base_class: type[RecurrentModel]
+    subclass sets `config_class` and `base_model_class`, its `RecurrentModel`."""
+    base_model_class: type[RecurrentModel]
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config):
         super().__init__(config)
-        self.model = self.base_class(config)
+        self.model = self.base_model_class(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None,
                 inputs_embeds=None, labels=None, use_cache=None, logits_to_keep=0,
-                output_hidden_states=None, return_dict=None, num_items_in_batch=None, cu_seqlens=None,
-                **kwargs):
+                output_hidden_states=None, return_dict=None, num_items_in_batch=None,
+                cu_seqlens=None, **kwargs):
         """Ids `(batch, length)` → `loss` (nats per target; none without targets), `logits (batch,
         length, vocab_size)`, `past_key_values`, `hidden_states`.
 

@@ -11,7 +11,6 @@ from typing import Annotated
 
 import torch
 from torch import nn
-from transformers import AutoModel
 from transformers import initialization as init
 
 from ..configs import ConfigError, setting
@@ -88,7 +87,4 @@ class SimplifiedSLMModel(TernaryPreTrainedModel, RecurrentModel):
 class SimplifiedSLMForCausalLM(TernaryPreTrainedModel, RecurrentForCausalLM):
     """The flat ternary recurrent model with its head: token ids `(batch, length)` to next-token
     logits `(batch, length, vocab_size)`, loss, and generation."""
-    config_class, base_class = SLMConfig, SimplifiedSLMModel
-
-# %% ../../nbs/models/slm.ipynb #2ef947cb
-AutoModel.register(SLMConfig, SimplifiedSLMModel, exist_ok=True)
+    config_class, base_model_class = SLMConfig, SimplifiedSLMModel

@@ -672,9 +672,11 @@ class TransformerForCausalLM(TransformerPreTrainedModel, CausalGenerationMixin):
     base_model_class = TransformerModel   # what AutoModel gives
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     parallel_plan = dict(blocks="model.layers", row=("self_attn.o_proj", "mlp.w2"),
-                         column=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.w1", "mlp.w3"),
+                         column=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj",
+                                 "mlp.w1", "mlp.w3"),
                          summed=("self_attn.q_norm", "self_attn.k_norm"),
-                         heads={"num_attention_heads": "num_attention_heads", "num_key_value_heads": "kv_heads"})
+                         heads={"num_attention_heads": "num_attention_heads",
+                                "num_key_value_heads": "kv_heads"})
 
     def __init__(self, config: TransformerConfig):
         super().__init__(config)

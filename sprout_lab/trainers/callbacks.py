@@ -54,7 +54,8 @@ def due(trainer, interval: int) -> bool:
 
 # %% ../../nbs/trainers/callbacks.ipynb #92d0db7f
 def build_trackers(config: RunConfig) -> list[str]:
-    "The trackers that a run asks for; one that is not installed is an error before anything starts."
+    """The trackers that a run asks for; one that is not installed is an error before anything
+    starts."""
     wishes = {"tensorboard": config.output.tensorboard, "wandb": config.output.use_wandb}
     wanted = [name for name, wish in wishes.items() if wish]
     for name in wanted:
@@ -86,7 +87,8 @@ def _start_wandb(trainer):
             trainer.log("W&B: no login, logging offline; send it later with "
                         f"`wandb sync {trainer.run.folder}/wandb/offline-run-*`")
         tracker = WandBTracker(trainer.config.output.wandb_project, mode=attempt,
-                               settings=wandb.Settings(silent=True), **_wandb_facts(trainer, attempt))
+                               settings=wandb.Settings(silent=True),
+                               **_wandb_facts(trainer, attempt))
         try: tracker.start()
         except wandb.errors.Error as error:
             trainer.log(f"W&B could not start: {str(error).splitlines()[0]}")
@@ -96,7 +98,8 @@ def _start_wandb(trainer):
 def _wandb_facts(trainer, mode: str) -> dict:
     "What W&B is told of a run."
     out, folder = trainer.config.output, trainer.run.folder
-    resume = {"resume": "allow"} if mode == "online" else {}   # offline, `wandb sync` joins the parts
+    # offline, `wandb sync` joins the parts
+    resume = {"resume": "allow"} if mode == "online" else {}
     return {"name": out.wandb_name or out.experiment_name or folder.name, "dir": str(folder),
             "entity": out.wandb_entity, "tags": [str(tag) for tag in out.tags], "notes": out.notes,
             "config": _flat(trainer.config.to_dict()), "id": wandb_id(trainer.run), **resume}
@@ -280,7 +283,8 @@ def _could_not_write(trainer, error: Exception) -> ConfigError:
     reason, steps = said.removeprefix("Error while serializing: "), trainer.run.steps()
     good = f"the last good one is step_{steps[-1]}" if steps else "there is none before it"
     return ConfigError(f"the checkpoint of step {trainer.step} could not be written ({reason}); "
-                       f"{good}; free some space and continue with --resume_from {trainer.run.folder}")
+                       f"{good}; free some space and continue with --resume_from "
+                       f"{trainer.run.folder}")
 
 # %% ../../nbs/trainers/callbacks.ipynb #1e3456de
 class NaNGuard(Callback):
@@ -297,7 +301,8 @@ class NaNGuard(Callback):
         broken, rollbacks, most = trainer.step, trainer.rollbacks, trainer.training.max_rollbacks
         lower = f"lower learning_rate={trainer.training.learning_rate:g}"
         if rollbacks >= most:
-            raise ConfigError(f"the loss is not finite at step {broken}, after {rollbacks} rollbacks; "
+            raise ConfigError(f"the loss is not finite at step {broken}, after {rollbacks} "
+                              f"rollbacks; "
                               f"{lower}, lengthen the warm-up, or look at the data")
         backoff, skipped = trainer.lr_backoff, trainer.skipped
         if not trainer.run.steps() or not trainer.resume():

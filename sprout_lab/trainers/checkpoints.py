@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 from transformers.utils import logging as transformers_logging
@@ -33,7 +33,8 @@ class TrainerState(Settings):
     step: Annotated[int, setting("Optimizer steps done.", ge=0, le=2**40)]
     skipped: Annotated[int, setting("Steps whose batches were left out.", ge=0, le=2**40)] = 0
     rollbacks: Annotated[int, setting("How often the run was put back.", ge=0, le=2**20)] = 0
-    lr_backoff: Annotated[float, setting("Learning-rate factor, halved by rollbacks.", ge=0, le=1)] = 1.0
+    lr_backoff: Annotated[float,
+                          setting("Learning-rate factor, halved by rollbacks.", ge=0, le=1)] = 1.0
     best: Annotated[float | None, setting("The lowest validation loss so far.")] = None
     best_step: Annotated[int, setting("Its step.", ge=0, le=2**40)] = 0
     evaluations_without_better: Annotated[int, setting("Evaluations since.", ge=0, le=2**40)] = 0
@@ -141,6 +142,17 @@ def check_config(folder) -> None:
             raise ConfigError(f"{folder}: {name}={kernel!r:.80}: choose from {known}; "
                               "no code is ever fetched")
 
+def _check_vocabulary(folder, config) -> None:
+    """Refuse a vocabulary that no weight has before room for it is made: a wrong number may ask for
+    all."""
+    path, size = Path(folder) / "model.safetensors", getattr(config, "vocab_size", None)
+    if size is None or not path.is_file(): return
+    with safe_open(path, "pt") as file:
+        shapes = [file.get_slice(name).get_shape() for name in file.keys()]
+    if size in [shape[0] for shape in shapes if shape]: return
+    raise ConfigError(f"{folder}: its weights do not fit its configuration (none has "
+                      f"vocab_size={size} rows); copy a whole checkpoint back")
+
 def _misfits(loaded: dict) -> list[str]:
     "Names of weights that are missing or do not fit, from what `from_pretrained` tells."
     mismatched = [key[0] if isinstance(key, tuple) else key for key in loaded["mismatched_keys"]]
@@ -170,8 +182,9 @@ def load_pretrained(folder, auto=None):
         except ConfigError as error:
             problem = str(error).removeprefix(f"{folder}: ")
             raise ConfigError(f"{folder}: {what} ({problem})") from None
-        if auto is None:
-            auto = auto_class_of(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        _check_vocabulary(folder, config)
+        if auto is None: auto = auto_class_of(config)
         model, loaded = auto.from_pretrained(folder, **options)
     lost = _misfits(loaded)
     if not lost: return model.eval()

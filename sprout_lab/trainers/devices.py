@@ -18,11 +18,13 @@ from ..configs import ConfigError, TrainingConfig
 # %% ../../nbs/trainers/devices.ipynb #b64266a8
 def device_of(name: str) -> str:
     "The device that `auto` means here, or a clear error when the named one is not there."
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+             "cpu": True}
     known = [device for device, available in there.items() if available]
     if name == "auto": return known[0]
     if there[name]: return name
-    raise ConfigError(f"device={name}: is not available here; choose from {', '.join(sorted(known))}")
+    raise ConfigError(f"device={name}: is not available here; choose from "
+                      f"{', '.join(sorted(known))}")
 
 def precision_of(name: str, device: str) -> str:
     "The arithmetic that `mixed_precision` means on a device: no, bf16 or fp16."

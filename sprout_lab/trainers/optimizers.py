@@ -86,7 +86,8 @@ def muon(params, lr: float, weight_decay: float) -> torch.optim.Optimizer:
     sharded = any(hasattr(p, "device_mesh") for group in groups for p in group["params"])
     if sharded or not hasattr(torch.optim, "Muon"):
         return MuonFallback(params, lr=lr, weight_decay=weight_decay)
-    return torch.optim.Muon(params, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+    return torch.optim.Muon(params, lr=lr, weight_decay=weight_decay,
+                            adjust_lr_fn="match_rms_adamw")
 
 # %% ../../nbs/trainers/optimizers.ipynb #157aba43
 class CombinedOptimizer(torch.optim.Optimizer):
@@ -152,7 +153,8 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Opt
             *_by_lr_scale(groups["vectors"], weight_decay=0.0)]
     parts = []
     if with_muon:
-        parts.append(muon(_by_lr_scale(groups["matrices"]), config.learning_rate, config.weight_decay))
+        parts.append(muon(_by_lr_scale(groups["matrices"]), config.learning_rate,
+                          config.weight_decay))
     if rest:
         parts.append(torch.optim.AdamW(rest, lr=config.learning_rate, eps=config.adam_epsilon,
                                        betas=(config.beta1, config.beta2), fused=True))
@@ -181,7 +183,8 @@ def _state_problem(name: str, p: torch.Tensor, state: dict, expected: set[str]) 
     for key, value in state.items():
         if key not in expected: return f"{name} has a state {key} that this optimizer does not know"
         shape = torch.Size() if key == "step" else p.shape
-        if value.shape != shape: return f"{key} of {name} has the shape {list(value.shape)}, not {list(shape)}"
+        if value.shape != shape:
+            return f"{key} of {name} has the shape {list(value.shape)}, not {list(shape)}"
         if not value.is_floating_point(): return f"{key} of {name} holds {value.dtype}, not numbers"
     return None
 
@@ -193,7 +196,8 @@ def _states_by_name(tensors: dict[str, torch.Tensor]) -> dict[str, dict]:
     return states
 
 def _like(value: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
-    "A clone of a saved tensor; what has the shape of a parameter that is sharded is sharded like it."
+    """A clone of a saved tensor; what has the shape of a parameter that is sharded is sharded like
+    it."""
     if not hasattr(p, "device_mesh") or value.shape != p.shape: return value.clone()
     from torch.distributed.tensor import distribute_tensor
     return distribute_tensor(value.to(p.device), p.device_mesh, p.placements)
@@ -214,7 +218,8 @@ def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer,
             if name not in saved: continue
             problem = _state_problem(name, p, saved[name], expected)
             if problem and same: raise ConfigError(f"the optimizer's state does not fit: {problem}")
-            if not problem: states[number] = {key: _like(value, p) for key, value in saved[name].items()}
+            if not problem:
+                states[number] = {key: _like(value, p) for key, value in saved[name].items()}
         part.state.clear()
         part.load_state_dict({"state": states, "param_groups": _numbered(part.param_groups)})
 

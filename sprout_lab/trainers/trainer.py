@@ -192,7 +192,8 @@ class EvaluatingLoop(Meters, TrainingLoop):
             self.config.data.sequence_length, self.training.batch_size, max_batches=limit)
 
     def evaluate(self, limit: int | None = None) -> dict:
-        "Evaluate on held-out windows (at most `limit` batches); all processes get the same numbers."
+        """Evaluate on held-out windows (at most `limit` batches); all processes get the same
+        numbers."""
         ratio = self.data.validation.bytes_per_token if self.objective.per_byte else None
         tell = lambda done, total: self.emit("on_evaluation_step", done, total)
         with self.accelerator.autocast():
@@ -246,7 +247,8 @@ class Trainer(EvaluatingLoop):
         self.run = Run(out.output_dir)
         build_trackers(config)   # a missing one is found now
         usual = default_callbacks(config) if callbacks is None else callbacks
-        super().__init__(model, data, config, [*usual, *extra_callbacks], objective=objective, log=log)
+        super().__init__(model, data, config, [*usual, *extra_callbacks], objective=objective,
+                         log=log)
         self.rollbacks = self.best_step = self.evaluations_without_better = 0
         self.best, self.last_evaluation = None, {}
 
@@ -265,7 +267,8 @@ class Trainer(EvaluatingLoop):
             write_checkpoint(folder, self.model, self.tokenizer, moments, trainer_state(self),
                              self.facts(), weights, self.run.logs)
             self.run.point("latest", self.step)
-            if self.best_step == self.step and self.best is not None: self.run.point("best", self.step)
+            if self.best_step == self.step and self.best is not None:
+                self.run.point("best", self.step)
         self.accelerator.wait_for_everyone()
         self.emit("on_save", folder)
         return folder
@@ -303,5 +306,6 @@ def checkpoint_facts_of(trainer) -> dict:
     info = {"family": trainer.config.family,
             "parameters": sum(p.numel() for p in model.parameters()),
             **getattr(model, "get_model_info", dict)()}
-    return {"step": trainer.step, "epoch": trainer.epoch, **{name: scores.get(name) for name in names},
+    return {"step": trainer.step, "epoch": trainer.epoch,
+            **{name: scores.get(name) for name in names},
             "tokens": trainer.tokens, "dataset": trainer.data.name, "model_info": info}
