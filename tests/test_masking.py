@@ -1,5 +1,4 @@
-"""Masking: shares, safety of special tokens, purity, whole words, held-out windows,
-pseudo-log-likelihood, WordPiece."""
+"""Masking: shares, special tokens, purity, whole words, held-out windows, pseudo-log-likelihood."""
 import math
 
 import numpy as np
@@ -9,7 +8,8 @@ import torch
 from sprout_lab.configs import ConfigError
 from sprout_lab.data.masking import (
     MaskedBatches, MaskedWindows, MaskingRules, mask_tokens, pseudo_log_likelihood)
-from sprout_lab.data.tokenizers import ByteTokenizer, CharTokenizer, load_tokenizer, train_wordpiece
+from sprout_lab.data.tokenizers import (
+    ByteTokenizer, CharTokenizer, load_tokenizer, train_wordpiece)
 
 TEXT = ("It was the best of times, it was the worst of times; naïve façade, 狐!\n" * 60)
 BYTES = ByteTokenizer(masked=True)
@@ -31,19 +31,19 @@ def test_shares_and_special_tokens(name, mask_prob, whole, wordpiece):
     rules = MaskingRules(tokenizer)
     ids = np.tile(ids_of(tokenizer)[None, :800], (60, 1))
     ids[:, ::17] = rules.pad_id
-    seen, targets = mask_tokens(ids, rules, np.random.default_rng(0), mask_prob, whole)
-    chosen = targets != -100
-    assert (not chosen[ids == rules.pad_id].any() and (seen[~chosen] == ids[~chosen]).all()
-            and (targets[chosen] == ids[chosen]).all())
-    assert abs(chosen[~rules.special[ids]].mean() - mask_prob) < 0.02
-    assert (abs((seen == rules.mask_id)[chosen].mean() - 0.8) < 0.02
-            and abs((seen == ids)[chosen].mean() - 0.1) < 0.03)
-    assert not rules.special[seen[chosen & (seen != rules.mask_id)]].any()
-    if whole:
-        words = rules.words(ids[0])
-        for word in np.unique(words):
-            counts = chosen[:, words == word][:, ~rules.special[ids[0]][words == word]].sum(1)
-            assert len(np.unique(counts)) <= 2, "a word is asked for as a whole or not at all"
+    input_ids, labels = mask_tokens(ids, rules, np.random.default_rng(0), mask_prob, whole)
+    chosen, ordinary = labels != -100, ~rules.special[ids]
+    assert not chosen[ids == rules.pad_id].any()
+    assert (input_ids[~chosen] == ids[~chosen]).all() and (labels[chosen] == ids[chosen]).all()
+    assert abs(chosen[ordinary].mean() - mask_prob) < 0.02
+    assert abs((input_ids == rules.mask_id)[chosen].mean() - 0.8) < 0.02
+    assert abs((input_ids == ids)[chosen].mean() - 0.1) < 0.03
+    assert not rules.special[input_ids[chosen & (input_ids != rules.mask_id)]].any()
+    if not whole: return
+    words = rules.words(ids[0])
+    for word in np.unique(words):
+        counts = chosen[:, words == word][:, ordinary[0][words == word]].sum(1)
+        assert len(np.unique(counts)) <= 2, "a word is asked for as a whole or not at all"
 
 
 def test_words_of_bytes_and_pieces(wordpiece):
@@ -58,28 +58,36 @@ def test_words_of_bytes_and_pieces(wordpiece):
 @pytest.mark.parametrize("order", ["random", "shuffle"])
 def test_a_batch_is_a_function_of_seed_and_number(order):
     tokens = ids_of(BYTES)
-    make = lambda **k: MaskedBatches(tokens, BYTES, 6, 32, **{"seed": 3, "order": order, **k})
+    make = lambda seed=3: MaskedBatches(tokens, BYTES, 6, 32, seed, order)
     a, b = make(), make()
     for _ in range(3): a.batch(0)   # no hidden state
     for index in (0, 7, 12345):
         one, two = a.batch(index), b.batch(index)
         assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
     assert not torch.equal(a.batch(1)["input_ids"], make(seed=4).batch(1)["input_ids"])
-    if order == "shuffle":   # the same windows come back in the next epoch, with other gaps
-        epoch = a.windows.num_windows
-        restored = [torch.where(x["labels"] == -100, x["input_ids"], x["labels"])
-                    for x in (a.batch(0), a.batch(epoch))]
-        assert a.batch(0)["input_ids"].shape == (6, 32) and not torch.equal(a.batch(0)["labels"],
-                                                                            a.batch(epoch)["labels"]) and restored[0].shape == restored[1].shape
+
+
+def test_a_window_comes_back_with_other_gaps():
+    batches = MaskedBatches(ids_of(BYTES), BYTES, 6, 32, seed=3, order="shuffle")
+    seen = {}   # window → its gaps
+    for index in range(2 * batches.windows.num_windows // 6 + 2):
+        batch = batches.batch(index)
+        asked = batch["labels"] != -100
+        whole = torch.where(asked, batch["labels"], -1)
+        for row, gaps, ids in zip(whole, asked, batch["input_ids"]):
+            known = tuple(torch.where(gaps, row, ids).tolist())
+            seen.setdefault(known, []).append(tuple(gaps.tolist()))
+    repeated = [gaps for gaps in seen.values() if len(gaps) > 1]
+    assert repeated and sum(len(set(gaps)) > 1 for gaps in repeated) > 0.9 * len(repeated)
 
 
 def test_padding_gets_a_mask_and_no_target():
     tokens = ids_of(BYTES).copy()
     tokens[::5] = 256
     batch = MaskedBatches(tokens, BYTES, 4, 40).batch(0)
-    hidden = batch["attention_mask"] == 0
-    assert (hidden.any() and (batch["labels"][hidden] == -100).all()
-            and (batch["input_ids"][hidden] == 256).all())
+    padding = batch["attention_mask"] == 0
+    assert padding.any() and (batch["labels"][padding] == -100).all()
+    assert (batch["input_ids"][padding] == 256).all()
 
 
 def test_held_out_windows_are_fixed_and_cover_the_text():
@@ -89,12 +97,12 @@ def test_held_out_windows_are_fixed_and_cover_the_text():
         assert torch.equal(torch.cat([b[key] for b in one]), torch.cat([b[key] for b in two]))
     last = one[-1]
     assert (last["labels"][last["attention_mask"] == 0] == -100).all()
-    restored = torch.cat([torch.where(b["labels"] == -100, b["input_ids"],
-                                      b["labels"]).flatten() for b in one])
+    restored = [torch.where(b["labels"] == -100, b["input_ids"], b["labels"]) for b in one]
+    restored = torch.cat([rows.flatten() for rows in restored])
     assert restored[:1002].tolist() == tokens[:1002].tolist()
     assert len(MaskedWindows(tokens, BYTES, 64, 2, max_batches=3)) == 3
-    assert not torch.equal(MaskedWindows(tokens, BYTES, 64, 3, seed=1)[0]["labels"],
-                           one[0]["labels"])
+    other = MaskedWindows(tokens, BYTES, 64, 3, seed=1)
+    assert not torch.equal(other[0]["labels"], one[0]["labels"])
 
 
 def test_evaluation_of_a_masked_model_does_not_shift():
@@ -102,13 +110,15 @@ def test_evaluation_of_a_masked_model_does_not_shift():
 
     class Oracle(torch.nn.Module):
         "Knows the answer at its own place."
+
         def __init__(self, windows):
             super().__init__()
-            self.answers, self.weight = iter([b["labels"]
-                                              for b in windows]), torch.nn.Parameter(torch.zeros(1))
+            self.answers = iter([batch["labels"] for batch in windows])
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+
         def forward(self, input_ids, attention_mask=None):
-            return {"logits": 50.0 * torch.nn.functional.one_hot(next(self.answers).clamp(min=0),
-                                                                 259).float()}
+            answer = next(self.answers).clamp(min=0)
+            return {"logits": 50.0 * torch.nn.functional.one_hot(answer, 259).float()}
 
     windows = list(MaskedWindows(ids_of(BYTES)[:2000], BYTES, 64, 4))
     for shift in (True, False):
@@ -118,8 +128,9 @@ def test_evaluation_of_a_masked_model_does_not_shift():
 def test_pseudo_log_likelihood_by_hand(wordpiece):
     from sprout_lab.models.sprout import SproutConfig, SproutForMaskedLM
     torch.manual_seed(0)
-    model = SproutForMaskedLM(SproutConfig(vocab_size=len(wordpiece), hidden_size=32,
-                                           num_attention_heads=2, tree=[-1, 0, 0])).train()
+    config = SproutConfig(vocab_size=len(wordpiece), hidden_size=32, num_attention_heads=2,
+                          tree=[-1, 0, 0])
+    model = SproutForMaskedLM(config).train()
     text = "it was the best of times"
     ids = torch.tensor(wordpiece.encode(text, add_special_tokens=False))
     score = pseudo_log_likelihood(model, wordpiece, text, batch_size=3)
@@ -129,36 +140,36 @@ def test_pseudo_log_likelihood_by_hand(wordpiece):
     for t in range(len(ids)):
         hidden = ids.clone()
         hidden[t] = wordpiece.mask_token_id
-        with torch.no_grad():
-            total += model(hidden[None]).logits[0, t].double().log_softmax(-1)[ids[t]].item()
-    assert math.isclose(score["pseudo_log_likelihood"], total,
-                        rel_tol=1e-5) and score["num_bytes"] == len(text)
-    assert math.isclose(score["pseudo_bits_per_byte"], -total / math.log(2) / len(text),
-                        rel_tol=1e-5)
+        with torch.no_grad(): logits = model(hidden[None]).logits[0, t].double()
+        total += logits.log_softmax(-1)[ids[t]].item()
+    assert math.isclose(score["pseudo_log_likelihood"], total, rel_tol=1e-5)
+    assert score["num_bytes"] == len(text)
+    bits = -total / math.log(2) / len(text)
+    assert math.isclose(score["pseudo_bits_per_byte"], bits, rel_tol=1e-5)
 
 
 def test_wordpiece_saves_and_loads(wordpiece, tmp_path):
     from transformers import AutoTokenizer
     wordpiece.save_pretrained(tmp_path)
     twin = AutoTokenizer.from_pretrained(tmp_path)
-    assert (twin.encode("It was naive!") == wordpiece.encode("It was naive!")
-            and twin.mask_token_id == wordpiece.mask_token_id)
-    assert (wordpiece.decode(wordpiece.encode("it was the best of times")) == "it was the best of "
-                                                                              "times")
+    assert twin.encode("It was naive!") == wordpiece.encode("It was naive!")
+    assert twin.mask_token_id == wordpiece.mask_token_id
+    text = "it was the best of times"
+    assert wordpiece.decode(wordpiece.encode(text)) == text
 
 
 def test_the_published_vocabulary(lab_data):
     bert = load_tokenizer(str(lab_data("bert-base-uncased/vocab.txt")))
     assert len(bert) == 30522 and bert.mask_token_id == 103
-    assert bert.tokenize("The quick brown fox, unaffable") == ["the", "quick", "brown", "fox", ",",
-                                                               "una", "##ffa", "##ble"]
+    pieces = ["the", "quick", "brown", "fox", ",", "una", "##ffa", "##ble"]
+    assert bert.tokenize("The quick brown fox, unaffable") == pieces
 
 
-def test_wrong_input_is_one_line(tmp_path):
-    (tmp_path / "vocab.txt").write_text("a\nb\n")
-    for call in (lambda: MaskingRules(ByteTokenizer()), lambda: MaskingRules(CharTokenizer("abc")),
-                 lambda: train_wordpiece("a b", 3),
-                 lambda: pseudo_log_likelihood(None, BYTES, ""),
-                 lambda: MaskedBatches(np.arange(5), BYTES, 2, 64)):
-        with pytest.raises(ConfigError) as caught: call()
-        assert "\n" not in str(caught.value)
+@pytest.mark.parametrize("call", [
+    lambda: MaskingRules(ByteTokenizer()), lambda: MaskingRules(CharTokenizer("abc")),
+    lambda: train_wordpiece("a b", 3), lambda: pseudo_log_likelihood(None, BYTES, ""),
+    lambda: MaskedBatches(np.arange(5), BYTES, 2, 64)],
+    ids=["no mask", "no mask in characters", "too few pieces", "no text", "too short"])
+def test_wrong_input_is_one_line(call):
+    with pytest.raises(ConfigError) as caught: call()
+    assert "\n" not in str(caught.value)

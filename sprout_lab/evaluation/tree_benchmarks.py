@@ -19,45 +19,53 @@ from ..models.sprout import SproutConfig, SproutForMaskedLM
 
 # %% ../../nbs/evaluation/tree_benchmarks.ipynb #dc3b91a4
 TREE, BATCH, LENGTH, VOCABULARY, HEADS, DROPOUT = [-1, 0, 0, 1, 1], 32, 128, 259, 4, 0.1
+
 class PrototypeNode(nn.Module):
     """A node of the prototype: post-norm attention and feed-forward network, and a router that
-    attends to one key."""
+    attends to one key. `x (batch, length, width)` → same."""
+
     def __init__(self, width: int, has_key: bool):
         super().__init__()
         self.attention = nn.MultiheadAttention(width, HEADS, dropout=DROPOUT, batch_first=True)
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.ffn = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Dropout(DROPOUT),
                                  nn.Linear(4 * width, width), nn.Dropout(DROPOUT))
-        self.router, self.gate = nn.MultiheadAttention(width, HEADS,
-                                                       batch_first=True), nn.Linear(width, 1)
+        self.router = nn.MultiheadAttention(width, HEADS, batch_first=True)
+        self.gate = nn.Linear(width, 1)
         self.key = nn.Parameter(torch.randn(1, 1, width)) if has_key else None
+
     def forward(self, x):
         x = self.norm1(x + self.attention(x, x, x)[0])
         return self.norm2(x + self.ffn(x))
+
+# %% ../../nbs/evaluation/tree_benchmarks.ipynb #0dc35b05
 class Prototype(nn.Module):
     "The prototype's tree with its masked head; `forward` returns the loss."
+
     def __init__(self, width: int):
         super().__init__()
         self.embedding, self.positions = nn.Embedding(VOCABULARY, width), nn.Embedding(512, width)
         self.nodes = nn.ModuleList(PrototypeNode(width, parent >= 0) for parent in TREE)
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(),
                                   nn.LayerNorm(width), nn.Linear(width, VOCABULARY))
+
     def forward(self, input_ids, labels):
         x = self.embedding(input_ids) + self.positions(torch.arange(input_ids.shape[1]))
         node_id = 0
         while True:
             node = self.nodes[node_id]
-            x = node(x)
+            x = node(x)                                          # (batch, length, width)
             scores = {}
             for child in (i for i, parent in enumerate(TREE) if parent == node_id):
                 key = self.nodes[child].key.expand(len(x), -1, -1)
                 score = torch.sigmoid(node.gate(node.router(x, key, key)[0])).mean()
-                scores[child] = (score.item(), score)
+                scores[child] = (score.item(), score)            # a host sync for every child
             if not scores: break
-            # the path that has grandchildren
+            # from the root, the path that has grandchildren
             node_id = max(scores, key=lambda c: scores[c][0]) if node_id else 1
             x = x * scores[node_id][1] + x * (1 - scores[node_id][1])
-        return nn.functional.cross_entropy(self.head(x).flatten(0, 1), labels.flatten())
+        logits = self.head(x)                                    # (batch, length, vocabulary)
+        return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
 # %% ../../nbs/evaluation/tree_benchmarks.ipynb #cef26950
 SIDES = ("ours", "prototype")
@@ -65,13 +73,14 @@ SIDES = ("ours", "prototype")
 def tree_step(side: str, width: int, batch: int = BATCH):
     "A function that does one whole training step of one of the `SIDES`, on data of its own making."
     torch.manual_seed(0)
-    model = Prototype(width) if side == "prototype" else SproutForMaskedLM(SproutConfig(
-        vocab_size=VOCABULARY, hidden_size=width, num_attention_heads=HEADS, dropout=DROPOUT,
-        tree=TREE, max_nodes=len(TREE)))
+    ours = SproutConfig(vocab_size=VOCABULARY, hidden_size=width, num_attention_heads=HEADS,
+                        dropout=DROPOUT, tree=TREE, max_nodes=len(TREE))
+    model = Prototype(width) if side == "prototype" else SproutForMaskedLM(ours)
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     ids = torch.randint(VOCABULARY, (batch, LENGTH))
     labels = ids.masked_fill(torch.rand(ids.shape) > 0.15, -100)
+
     def step():
         loss = model(input_ids=ids, labels=labels)
         (loss if side == "prototype" else loss.loss).backward()
@@ -79,11 +88,11 @@ def tree_step(side: str, width: int, batch: int = BATCH):
         optimizer.zero_grad()
     return step
 
+# %% ../../nbs/evaluation/tree_benchmarks.ipynb #68b10d52
 def _memory(name: str) -> int:
     "A line of /proc/self/status, in KiB."
-    return next(int(line.split()[1])
-                for line in Path("/proc/self/status").read_text().splitlines()
-                if line.startswith(name))
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name))
 
 def _measure_memory(side: str, width: int, batch: int) -> float:
     Path("/proc/self/clear_refs").write_text("5")   # the peak begins anew
@@ -96,34 +105,37 @@ def peak_memory(side: str, width: int, batch: int = BATCH) -> float | None:
     """Peak memory in MiB of a process of its own that makes one side and takes three steps, above
     what it held before; none where the system does not tell (it is Linux's /proc)."""
     if not Path("/proc/self/clear_refs").exists(): return None
-    code = (f"import torch; from sprout_lab.evaluation.tree_benchmarks import _measure_memory; "
-            f"torch.set_num_threads({torch.get_num_threads()}); print(_measure_memory({side!r}, "
-            f"{width}, {batch}))")
-    return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
-                                check=True).stdout.split()[-1])
+    code = "\n".join(["import torch",
+                      "from sprout_lab.evaluation.tree_benchmarks import _measure_memory",
+                      f"torch.set_num_threads({torch.get_num_threads()})",
+                      f"print(_measure_memory({side!r}, {width}, {batch}))"])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return float(done.stdout.split()[-1])
 
 # %% ../../nbs/evaluation/tree_benchmarks.ipynb #3a7e50fd
 def bench_tree_training(repeats: int = 5, widths=(512, 256), batch: int = BATCH) -> list[Row]:
-    """Tokens per CPU second of a training step, and peak memory, at each of `widths`. The target
-    stands at width 512, the guide's."""
+    """Tokens per CPU second of a training step, and peak memory, at each of `widths`. The targets
+    stand at width 512, the guide's."""
     rows = []
     for width in widths:
+        shape, at_guide = f"5 nodes of {width}, {batch}×{LENGTH}", width == 512
         seconds = side_by_side({side: tree_step(side, width, batch) for side in SIDES}, repeats)
-        rows.append(compare("training", f"5 nodes of {width}, {batch}×{LENGTH}, fp32", seconds,
-                            "ours", "prototype", amount=batch * LENGTH, unit="tokens/s",
-                            target=">= 1.5" if width == 512 else None))
-        memory = {side: peak_memory(side, width, batch) for side in SIDES}
-        if None not in memory.values():
-            rows.append(compare("memory", f"5 nodes of {width}, {batch}×{LENGTH}, peak",
-                                {side: [mib] for side, mib in memory.items()}, "ours", "prototype",
-                                unit="MiB", cost=True, target="<= 1" if width == 512 else None))
+        rows.append(compare("training", f"{shape}, fp32", seconds, "ours", "prototype",
+                            amount=batch * LENGTH, unit="tokens/s",
+                            target=">= 1.5" if at_guide else None))
+        memory = {side: [peak_memory(side, width, batch)] for side in SIDES}
+        if [None] in memory.values(): continue
+        rows.append(compare("memory", f"{shape}, peak", memory, "ours", "prototype", unit="MiB",
+                            cost=True, target="<= 1" if at_guide else None))
     return rows
 
+# %% ../../nbs/evaluation/tree_benchmarks.ipynb #1c7b01c8
 def bench_trees(family, *, peers=None, only=(), repeats: int = 5, output=None,
                 log=print) -> list[Row]:
     """Measure sprout against the prototype's restatement: see `measure`. `only`: training is all
     there is."""
-    return measure({"training": lambda peer, repeats: bench_tree_training(repeats)}, lambda: None,
-                   only=only, repeats=repeats, output=output, benchmark=family.name, log=log)
+    tasks = {"training": lambda peer, repeats: bench_tree_training(repeats)}
+    return measure(tasks, lambda: None, only=only, repeats=repeats, output=output,
+                   benchmark=family.name, log=log)
 
 sprout_benchmark = Benchmark(bench_trees, ("training",))

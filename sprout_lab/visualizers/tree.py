@@ -51,7 +51,7 @@ def _children(parents: list[int]) -> list[list[int]]:
     raise ConfigError(f"parents={parents}: the parent of every node is needed, -1 for the root and "
                       "an earlier node for each other, as in [-1, 0, 0, 1]")
 
-# %% ../../nbs/visualizers/tree.ipynb #e735d2a0
+# %% ../../nbs/visualizers/tree.ipynb #310912c8
 EDGE = "#B8B8B8"   # what is not marked
 
 def _write_on_color(ax, x: float, y: float, words: str, **look) -> None:
@@ -107,7 +107,7 @@ def plot_tree(parents: list[int], usage=None, names=None, highlight=(), title: s
     if title: ax.set_title(title, fontsize=11, loc="left")
     return ax.figure
 
-# %% ../../nbs/visualizers/tree.ipynb #b58f98ce
+# %% ../../nbs/visualizers/tree.ipynb #e9736a95
 def growth_frames(log: dict) -> list[dict]:
     """Frames from a run's logs/tree_log.csv as `read_log` gives it: one per row, `usage` being
     what came since the row before."""
@@ -156,7 +156,7 @@ def _same_scale(axes, frames) -> None:
         ax.set_xlim(root - half - 0.55, root + half + 0.95)
         ax.set_ylim(-deep - 0.5, 0.5)
 
-# %% ../../nbs/visualizers/tree.ipynb #38a263ce
+# %% ../../nbs/visualizers/tree.ipynb #1084eb29
 def _images(frames: list[dict]) -> list[bytes]:
     "All frames as PNG of one size and scale."
     figures = []
@@ -204,7 +204,7 @@ def growth_html(frames: list[dict], title: str = "A growing tree") -> str:
         "title": html.escape(title), "pictures": json.dumps(pictures), "last": len(frames) - 1,
         "steps": json.dumps([frame["step"] for frame in frames])}
 
-# %% ../../nbs/visualizers/tree.ipynb #981445ec
+# %% ../../nbs/visualizers/tree.ipynb #549077c6
 def growth_gif(frames: list[dict], path, milliseconds: int = 700) -> None:
     "Write the growth as an animated GIF that stays a while on its last frame."
     from PIL import Image   # comes with matplotlib
@@ -214,7 +214,7 @@ def growth_gif(frames: list[dict], path, milliseconds: int = 700) -> None:
     duration = [milliseconds] * (len(pictures) - 1) + [4 * milliseconds]
     pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=duration, loop=0)
 
-# %% ../../nbs/visualizers/tree.ipynb #ad2d49ae
+# %% ../../nbs/visualizers/tree.ipynb #81739458
 def _heat_map(ax, table: np.ndarray, label: str) -> None:
     "`table [rows, columns]` of shares from 0 to 1 as colours, with a colour bar; NaN stays blank."
     import_seaborn().heatmap(table, mask=np.isnan(table), ax=ax, cmap=SEQUENTIAL, vmin=0, vmax=1,
