@@ -1,7 +1,8 @@
 """Flat SLM, HNetBit and Transformer at equal parameters and equal tokens; and what moves HNetBit's
 router, and what its target costs.
 
-    OMP_NUM_THREADS=1 python studies/slm_study.py --output studies/slm_study.json            (about 25 CPU minutes on one core, three seeds in all parts)
+    OMP_NUM_THREADS=1 python studies/slm_study.py --output studies/slm_study.json
+        (about 25 CPU minutes on one core, three seeds in all parts)
     OMP_NUM_THREADS=1 python studies/slm_study.py --only router targets --seeds 1
 
 All runs see the same text (Tiny Shakespeare as bytes), the same batches for a seed, the same number

@@ -20,8 +20,10 @@ CHROMIUM = (os.environ.get("CHROMIUM") or shutil.which("chromium")
 SCREENSHOTS = os.environ.get("SPROUT_LAB_SCREENSHOTS")
 
 PANEL = """from sprout_lab.panels import panel, playground
-p = panel("transformer", hidden_size=32, num_hidden_layers=1, num_attention_heads=2, sequence_length=64, batch_size=8, max_steps=5000,
-          eval_interval=50, eval_batches=2, save_interval=1000, log_interval=10, tensorboard=False, sample_tokens=0, output_dir="run")
+p = panel("transformer", hidden_size=32, num_hidden_layers=1, num_attention_heads=2, sequence_length=64,
+          batch_size=8, max_steps=5000,
+          eval_interval=50, eval_batches=2, save_interval=1000, log_interval=10,
+          tensorboard=False, sample_tokens=0, output_dir="run")
 p"""
 PLAYGROUND = """play = playground(p, prompt="ROMEO:", max_tokens=60, seed=1)
 play"""
@@ -37,8 +39,9 @@ def lab(tmp_path_factory):
     cells = [{"cell_type": "code", "id": f"cell{i}", "metadata": {}, "source": source,
               "outputs": [], "execution_count": None} for i,
              source in enumerate((PANEL, PLAYGROUND))]
-    (home / "work/panel.ipynb").write_text(json.dumps({"cells": cells,
-                                                       "metadata": {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}, "nbformat": 4, "nbformat_minor": 5}))
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    whole = {"cells": cells, "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5}
+    (home / "work/panel.ipynb").write_text(json.dumps(whole))
     settings = home / ".jupyter/lab/user-settings/@jupyterlab/apputils-extension/notification.jupyterlab-settings"
     settings.parent.mkdir(parents=True)
     settings.write_text(json.dumps({"fetchNews": "false", "checkForUpdates": False}))

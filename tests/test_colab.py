@@ -88,7 +88,8 @@ def test_links_and_badges(path):
         text = text.replace(key, value)
     ours = re.findall(r"colab\.research\.google\.com/github/([\w.-]+)/([\w.-]+)/blob/([\w.-]+)/([^\s)\"'#]+)", text)
     ours += [found
-             for found in re.findall(r"github\.com/([\w.-]+)/([\w.-]+)/(?:blob|tree|raw)/([\w.-]+)/([^\s)\"'#]+)", text) if repo in found[:2] or user in found[:2]]
+             for found in re.findall(r"github\.com/([\w.-]+)/([\w.-]+)/(?:blob|tree|raw)/([\w.-]+)/([^\s)\"'#]+)", text)
+             if repo in found[:2] or user in found[:2]]
     for owner, name, at, target in ours:
         assert (owner, name, at) == (user, repo,
                                      branch), f"{owner}/{name}@{at}: settings.ini says {user}/{repo}@{branch}"
@@ -218,7 +219,8 @@ def test_top_to_bottom_as_in_colab_and_on_after_a_kill_elsewhere(clean):
     run = home / "drive/MyDrive/sprout-lab" / name
     assert ((run / "checkpoints/step_40/model.safetensors").is_file()
             and "finished at step 40" in said and "bits per byte   gzip" in said)
-    assert next((home / "venv").glob("lib/python*/site-packages/sprout_lab/families.py")), "the install cell installed the lab"
+    installed = (home / "venv").glob("lib/python*/site-packages/sprout_lab/families.py")
+    assert next(installed), "the install cell installed the lab"
     assert (home / "asked").read_text().splitlines() == [f"mount {home / 'drive'}",
                                                          f"download {name}.zip"]
     with zipfile.ZipFile(home / f"in_colab/{name}.zip") as archive:
@@ -240,7 +242,8 @@ def test_top_to_bottom_as_in_colab_and_on_after_a_kill_elsewhere(clean):
                                                                                  for s in range(5,
                                                                                                 41,
                                                                                                 5)]
-    assert (second / "checkpoints/step_40/model.safetensors").read_bytes() == (run / "checkpoints/step_40/model.safetensors").read_bytes()
+    weights = "checkpoints/step_40/model.safetensors"
+    assert (second / weights).read_bytes() == (run / weights).read_bytes()
     assert len((home / "asked").read_text().splitlines()) == 2, ("outside Colab nothing is "
                                                                  "mounted and nothing downloaded")
 
@@ -272,7 +275,8 @@ def test_a_tree_killed_while_it_grows_goes_on_as_the_same_tree(clean):
     assert re.search(r"resumed from step_\d0", said) and "finished at step 40" in said
     assert (steps(torn) == steps(whole)
             and log.read_text() == (whole / "logs/tree_log.csv").read_text())
-    assert (torn / "checkpoints/step_40/model.safetensors").read_bytes() == (whole / "checkpoints/step_40/model.safetensors").read_bytes()
+    weights = "checkpoints/step_40/model.safetensors"
+    assert (torn / weights).read_bytes() == (whole / weights).read_bytes()
     tree = json.loads((torn / "checkpoints/step_40/config.json").read_text())
     assert (len(tree["tree"]) == 5
             and tree == json.loads((whole / "checkpoints/step_40/config.json").read_text()))

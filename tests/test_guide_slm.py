@@ -28,7 +28,8 @@ def resolved(line: str) -> dict:
     rows = {}
     for row in shell(f"{line} --dry-run").splitlines():
         if row.startswith("  "):
-            name, value, source = re.fullmatch(r"  (\S+)\s+(.*?)\s+((?:flag|file|preset|default|set aside|follows).*)", row).groups()
+            sources = "flag|file|preset|default|set aside|follows"
+            name, value, source = re.fullmatch(rf"  (\S+)\s+(.*?)\s+((?:{sources}).*)", row).groups()
             rows[name] = (value, source)
     return rows
 
@@ -111,8 +112,8 @@ def test_tinystories_from_a_file_and_a_folder_of_the_hub(here):
     shell("prepare --dataset ./hub --output_dir ./data2/hub --max_seq_length 512 --max_samples "
           "10000")
     stats = json.loads(Path("data2/hub/stats.json").read_text())
-    assert [stats["splits"][s]["num_documents"] for s in ("train", "validation")] == [len(STORIES),
-                                                                                      3] and stats["splits"]["train"]["num_sequences"] > 5
+    documents = [stats["splits"][s]["num_documents"] for s in ("train", "validation")]
+    assert documents == [len(STORIES), 3] and stats["splits"]["train"]["num_sequences"] > 5
     for line in ("prepare --dataset tinystories --output_dir ./data2/whole --max_seq_length "
                  "512", "prepare --dataset tinystories --output_dir ./data2/subset "
                         "--max_seq_length 256 --max_samples 10000"):
@@ -123,7 +124,8 @@ def test_tinystories_from_a_file_and_a_folder_of_the_hub(here):
 def test_snippets_of_data_sets(here, capsys):
     from torch.utils.data import DataLoader
 
-    from sprout_lab.data.datasets import DatasetConfig, HuggingFaceDataset, TextDirectoryDataset, collate_fn, print_dataset_stats
+    from sprout_lab.data.datasets import (
+        DatasetConfig, HuggingFaceDataset, TextDirectoryDataset, collate_fn, print_dataset_stats)
     Path("my_texts").mkdir()
     for i, story in enumerate(STORIES[:6]): Path(f"my_texts/{i}.txt").write_text(story)
     dataset = TextDirectoryDataset(
@@ -230,9 +232,10 @@ def test_train_directly(here):
     expected = {"hidden_size": 512, "data_dir": "./data/tinystories", "batch_size": 16,
                 "learning_rate": 3e-4, "max_steps": 10000, "output_dir": "./checkpoints/my_run"}
     for family in ("slm", ""): values(line.format(family), expected)
-    values(line.format("slm").replace("_path", "-path").replace("_config",
-                                                                "-config").replace("_size",
-                                                                                   "-size").replace("_rate", "-rate").replace("_steps", "-steps").replace("_dir", "-dir"), expected)
+    dashed = line.format("slm")
+    for word in ("path", "config", "size", "rate", "steps", "dir"):
+        dashed = dashed.replace(f"_{word}", f"-{word}")
+    values(dashed, expected)
 
 
 def test_the_tables_defaults(here):
@@ -411,8 +414,8 @@ def test_key_classes(trained):
             and get_family("hnet").model_class() is HNetBitForCausalLM)
     model, tokenizer = (AutoModelForCausalLM.from_pretrained(trained / "checkpoints" / "best"),
                         AutoTokenizer.from_pretrained(trained / "checkpoints" / "best"))
-    assert isinstance(model, SimplifiedSLMForCausalLM) and isinstance(tokenizer,
-                                                                      ByteTokenizer) and tokenizer.encode("né") == [110, 195, 169]
+    assert isinstance(model, SimplifiedSLMForCausalLM) and isinstance(tokenizer, ByteTokenizer)
+    assert tokenizer.encode("né") == [110, 195, 169]
     assert callable(Trainer.train) and callable(Evaluator.evaluate)
 
 

@@ -96,9 +96,8 @@ FILES = {
     "tags.yaml": b"!!python/object/apply:os.system ['echo owned']",
     "unknown.yaml": b"bach_size: 3\n", "type.json": b'{"training": {"batch_size": "many"}}',
     "range.yaml": b"training: {learning_rate: -1}\n",
-    "twice.yaml": b"training: {batch_size: 3}\nbatch_size: 4\n", "foreign.yaml": b"model: {type: "
-                                                                                 b"hnet_bit}\n",
-                                                                                 "nested.yaml": b"training: {optimizer: {name: adamw}}\n", "number.yaml": b"1: 2\n",
+    "twice.yaml": b"training: {batch_size: 3}\nbatch_size: 4\n", "foreign.yaml": b"model: {type: hnet_bit}\n",
+    "nested.yaml": b"training: {optimizer: {name: adamw}}\n", "number.yaml": b"1: 2\n",
     "bool.yaml": b"batch_size: true\n", "null.yaml": b"batch_size: null\n",
     "deep.json": b'{"a":' * 3000 + b"1" + b"}" * 3000,
     "config_file.json": b'{"model": {"config_file": "nowhere.json"}}',

@@ -34,7 +34,7 @@ def facts(name: str) -> dict[str, str]:
         "gpu_size": sizes[min(1, len(sizes) - 1)], "cpu_size": sizes[0],
         "size_menu": json.dumps(["auto", *sizes]), "corpus_menu": json.dumps(list(corpora)),
         "corpora": " or ".join(f"`{corpus}`" for corpus in corpora), "links": "\n".join(links),
-        "quick": ', "growth_warmup": 8, "growth_interval": 8' if grows else ""}
+        "quick": ',\n                 "growth_warmup": 8, "growth_interval": 8' if grows else ""}
 
 
 def picture_facts(name: str, function) -> dict[str, str]:

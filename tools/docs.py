@@ -32,11 +32,15 @@ ROOMS = {"guides": "Guides", "models": "Models", "data": "Data", "trainers": "Tr
 FIRST = ("start", "transformer", "slm", "hnet", "sprout", "mot", "tslm", "compare", "add_a_family")
 STYLE = """
 .md-grid { max-width: 76rem; }
-.md-typeset math { font-family: "Latin Modern Math", "STIX Two Math", "Cambria Math", "DejaVu Math TeX Gyre", math, serif; }
-.md-typeset math[display="block"] { margin: .6em 0; padding: .4em 0; font-size: 1.1em; overflow: auto hidden; max-width: 100%; }
+.md-typeset math { font-family: "Latin Modern Math", "STIX Two Math", "Cambria Math",
+                             "DejaVu Math TeX Gyre", math, serif; }
+.md-typeset math[display="block"] { margin: .6em 0; padding: .4em 0; font-size: 1.1em;
+                                    overflow: auto hidden; max-width: 100%; }
 .md-typeset pre > code { font-size: .66rem; }
-.md-typeset .output { margin: -.4em 0 1.4em; padding: 0 .8em; border-left: .15rem solid var(--md-default-fg-color--lightest); overflow-x: auto; }
-.md-typeset .output pre { margin: 0; font-size: .68rem; line-height: 1.45; white-space: pre-wrap; overflow-wrap: anywhere; }
+.md-typeset .output { margin: -.4em 0 1.4em; padding: 0 .8em; overflow-x: auto;
+                       border-left: .15rem solid var(--md-default-fg-color--lightest); }
+.md-typeset .output pre { margin: 0; font-size: .68rem; line-height: 1.45;
+                           white-space: pre-wrap; overflow-wrap: anywhere; }
 .md-typeset .output img, .md-typeset p > img { background: white; max-width: 100%; }
 .md-typeset .page-links { font-size: .62rem; opacity: .8; margin: 0 0 1em; }
 .md-typeset .doc-heading { font-size: .8rem; }
@@ -56,10 +60,17 @@ if (location.protocol === "file:") window.Worker = window.IFrameWorker = class e
     this.inside = frame.contentWindow;
     this.inside.postMessage = data => this.dispatchEvent(new MessageEvent("message", {data}));
     script.src = url;
-    script.onload = () => { const waiting = this.waiting; this.waiting = null; waiting.forEach(data => this.postMessage(data)) };
+    script.onload = () => {
+      const waiting = this.waiting;
+      this.waiting = null;
+      waiting.forEach(data => this.postMessage(data));
+    };
     frame.contentDocument.body.append(script);
   }
-  postMessage(data) { this.waiting ? this.waiting.push(data) : this.inside.dispatchEvent(new MessageEvent("message", {data})) }
+  postMessage(data) {
+    if (this.waiting) this.waiting.push(data);
+    else this.inside.dispatchEvent(new MessageEvent("message", {data}));
+  }
   terminate() {}
 };
 """
@@ -159,7 +170,8 @@ def page_link(target: str, place: Path) -> str:
     if not full.exists():
         raise SystemExit(f"{place.relative_to(root)}: the link {target} leads nowhere")
     if not (full.is_relative_to(root / "nbs") and full.is_file()):
-        return f"{repository()}/{'tree' if full.is_dir() else 'blob'}/{address()['branch']}/{full.relative_to(root).as_posix()}"
+        kind, inside = "tree" if full.is_dir() else "blob", full.relative_to(root).as_posix()
+        return f"{repository()}/{kind}/{address()['branch']}/{inside}"
     home = place if place.is_relative_to(root / "nbs") else root / "nbs"
     shown = Path(os.path.relpath(full, home)).as_posix()
     return re.sub(r"\.ipynb$", ".md", shown) + (f"#{part}" if part else "")
