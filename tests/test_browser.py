@@ -1,4 +1,5 @@
-"""The panel and the playground in a real browser: JupyterLab on this machine, Chromium, clicks."""
+"""The rooms with widgets in a real browser: JupyterLab on this machine, Chromium, clicks and keys.
+"""
 import json
 import os
 import re
@@ -12,181 +13,269 @@ from pathlib import Path
 
 import matplotlib
 import pytest
+import yaml
 
 root = Path(__file__).parent.parent
-CHROMIUM = (os.environ.get("CHROMIUM") or shutil.which("chromium")
-            or shutil.which("chromium-browser") or shutil.which("google-chrome"))
+CHROMIUM = os.environ.get("CHROMIUM") or next(filter(None,
+                                                     map(shutil.which,
+                                                         ("chromium", "chromium-browser",
+                                                          "google-chrome"))), None)
 # a folder: keep pictures of what the browser showed
 SCREENSHOTS = os.environ.get("SPROUT_LAB_SCREENSHOTS")
+QUIET = ["--no-sandbox", "--disable-gpu", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync"]
 
-PANEL = """from sprout_lab.panels import panel, playground
-p = panel("transformer", hidden_size=32, num_hidden_layers=1, num_attention_heads=2, sequence_length=64,
-          batch_size=8, max_steps=5000,
-          eval_interval=50, eval_batches=2, save_interval=1000, log_interval=10,
-          tensorboard=False, sample_tokens=0, output_dir="run")
+PANEL = """from sprout_lab.panels import compare, panel, playground
+p = panel({family!r}, {settings}max_steps={max_steps}, sequence_length=64, batch_size=8, eval_interval=50, eval_batches=2,
+          save_interval=1000, log_interval=10, tensorboard=False, sample_tokens=0, output_dir={name!r})
 p"""
-PLAYGROUND = """play = playground(p, prompt="ROMEO:", max_tokens=60, seed=1)
-play"""
+SMALL = "hidden_size=32, num_hidden_layers=1, num_attention_heads=2, "
+
+
+def panel_cell(name: str, family: str = "transformer", settings: str = SMALL,
+               max_steps: int = 5000) -> str:
+    return PANEL.format(name=name, family=family, settings=settings, max_steps=max_steps)
+
+
+class Lab:
+    "JupyterLab with a home of its own."
+
+    def __init__(self, home: Path):
+        self.home, self.work = home, home / "work"
+        self.work.mkdir()
+        self.setting("apputils-extension/notification",
+                     {"fetchNews": "false", "checkForUpdates": False})
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            self.url = f"http://127.0.0.1:{s.getsockname()[1]}"
+        env = {k: v for k, v in os.environ.items() if k != "CI" and not k.startswith("JUPYTER")}
+        env |= {"HOME": str(home), "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1",
+                "JUPYTER_PLATFORM_DIRS": "0",
+                "SPROUT_LAB_CACHE": os.environ["SPROUT_LAB_CACHE"],
+                # or the first figure waits for a list of all fonts
+                "MPLCONFIGDIR": matplotlib.get_cachedir()}
+        options = ["--no-browser", "--allow-root", "--ip=127.0.0.1",
+                   f"--port={self.url.rsplit(':', 1)[1]}", "--ServerApp.port_retries=0",
+                   "--IdentityProvider.token=", "--ServerApp.password=",
+                   "--KernelManager.shutdown_wait_time=5",
+                   "--ServerApp.disable_check_xsrf=True", f"--ServerApp.root_dir={self.work}"]
+        self.log = open(home / "server.log", "w")
+        self.server = subprocess.Popen([sys.executable, "-m", "jupyterlab", *options], env=env,
+                                       stdout=self.log, stderr=subprocess.STDOUT,
+                                       cwd=home)
+        for _ in range(150):
+            try: self.api("api"); break
+            except OSError:
+                assert self.server.poll() is None, (home / "server.log").read_text()
+                time.sleep(0.2)
+
+    def setting(self, name: str, values: dict) -> None:
+        room, name = name.split("/")
+        path = self.home / f".jupyter/lab/user-settings/@jupyterlab/{room}/{name}.jupyterlab-settings"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(values))
+
+    def api(self, path: str, method: str = "GET"):
+        request = urllib.request.Request(f"{self.url}/{path}", method=method,
+                                         data=b"" if method == "POST" else None)
+        return json.loads(urllib.request.urlopen(request, timeout=20).read() or b"null")
+
+    def notebook(self, name: str, *cells: str) -> str:
+        "Write a notebook and return its address."
+        made = [{"cell_type": "code", "id": f"cell{i}", "metadata": {}, "source": source,
+                 "outputs": [], "execution_count": None}
+                for i, source in enumerate(cells)]
+        kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3",
+                                 "language": "python"}}
+        content = {"cells": made, "metadata": kernel, "nbformat": 4, "nbformat_minor": 5}
+        (self.work / f"{name}.ipynb").write_text(json.dumps(content))
+        return (f"{self.url}/doc/tree/{name}.ipynb" if name != "tree"
+                else f"{self.url}/lab/tree/{name}.ipynb")
+
+    def close(self) -> None:
+        self.server.terminate()   # shuts its kernels down, too
+        try: self.server.wait(10)
+        except subprocess.TimeoutExpired: self.server.kill()
+        self.log.close()
 
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
-    "JupyterLab with a home of its own, and a notebook; yields the notebook's address."
     if CHROMIUM is None: pytest.skip("needs Chromium (Debian: apt-get install chromium)")
     pytest.importorskip("jupyterlab")
-    home = tmp_path_factory.mktemp("lab")
-    (home / "work").mkdir()
-    cells = [{"cell_type": "code", "id": f"cell{i}", "metadata": {}, "source": source,
-              "outputs": [], "execution_count": None} for i,
-             source in enumerate((PANEL, PLAYGROUND))]
-    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    whole = {"cells": cells, "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5}
-    (home / "work/panel.ipynb").write_text(json.dumps(whole))
-    settings = home / ".jupyter/lab/user-settings/@jupyterlab/apputils-extension/notification.jupyterlab-settings"
-    settings.parent.mkdir(parents=True)
-    settings.write_text(json.dumps({"fetchNews": "false", "checkForUpdates": False}))
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    env = {k: v for k, v in os.environ.items() if k != "CI" and not k.startswith("JUPYTER")}
-    env |= {"HOME": str(home), "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1",
-            "SPROUT_LAB_CACHE": os.environ["SPROUT_LAB_CACHE"], "JUPYTER_PLATFORM_DIRS": "0",
-            # or the first figure waits for a list of all fonts
-            "MPLCONFIGDIR": matplotlib.get_cachedir()}
-    log = open(home / "server.log", "w")
-    server = subprocess.Popen([sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root",
-                               "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0",
-                               "--IdentityProvider.token=",
-                               "--ServerApp.password=", "--KernelManager.shutdown_wait_time=1",
-                               f"--ServerApp.root_dir={home / 'work'}"],
-                              env=env, stdout=log, stderr=subprocess.STDOUT, cwd=home)
-    try:
-        for _ in range(150):
-            try: urllib.request.urlopen(f"http://127.0.0.1:{port}/api", timeout=2).read(); break
-            except OSError:
-                assert server.poll() is None, (home / "server.log").read_text()
-                time.sleep(0.2)
-        yield f"http://127.0.0.1:{port}/doc/tree/panel.ipynb", home
-    finally:
-        server.terminate()   # shuts its kernels down, too
-        try: server.wait(10)
-        except subprocess.TimeoutExpired: server.kill()
-        log.close()
+    lab = Lab(tmp_path_factory.mktemp("lab"))
+    try: yield lab
+    finally: lab.close()
 
 
-def state(page, index=0): return page.locator(".sprout-state").nth(index).inner_text()
-
-
-def step(page) -> int:
-    "The step that the panel's table shows."
-    shown = page.locator(".sprout-progress")
-    return int(re.search(r"step ([\d,]+) of",
-                         shown.first.inner_text())[1].replace(",", "")) if shown.count() else -1
-
-
-def run_cell(page, index):
-    "Shift+Enter in a cell, again where JupyterLab was not ready to take it."
-    cell = page.locator(".jp-CodeCell").nth(index)
-    def started(): return cell.locator(".jp-InputPrompt").inner_text() != "[ ]:"
-    for _ in range(20):
-        cell.locator(".cm-content").click()
-        page.keyboard.press("Shift+Enter")
-        page.wait_for_timeout(500)
-        if started(): return
-    raise AssertionError(f"cell {index} does not run")
-
-
-def picture(page, name):
-    if SCREENSHOTS: page.screenshot(path=f"{SCREENSHOTS}/{name}.png")
-
-
-def until(page, condition, seconds=20, what=""):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f"{what or 'it'} did not happen in {seconds} s"
-        page.wait_for_timeout(50)
-
-
-def test_panel_and_playground_with_the_mouse(lab):
+@pytest.fixture(scope="module")
+def browser():
     sync = pytest.importorskip("playwright.sync_api")
-    address, home = lab
     with sync.sync_playwright() as tool:
-        browser = tool.chromium.launch(executable_path=CHROMIUM,
-                                       args=["--no-sandbox", "--disable-gpu",
-                                             "--disable-background-networking",
-                                             "--disable-component-update", "--disable-sync"])
-        page = browser.new_page(viewport={"width": 1360, "height": 1080})
-        page.on("dialog", lambda dialog: dialog.accept())
-        try:
-            page.goto(address)
-            page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status=idle]",
-                                   timeout=60_000)
-            page.wait_for_selector("text=Python 3 (ipykernel) | Idle", timeout=60_000)
-            for cell in range(2): run_cell(page, cell)
-            page.wait_for_selector('button.widget-button[title="Run"]', timeout=60_000)
-            page.wait_for_selector('button.widget-button[title="Write"]', timeout=30_000)
-            button = lambda title: page.locator(f'button.widget-button[title="{title}"]').first
-            assert (state(page) == "ready"
-                    and not page.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.stderr']").count())
-            button("Run").scroll_into_view_if_needed()
-            page.wait_for_timeout(300)
-            picture(page, "panel_before")
+        browser = tool.chromium.launch(executable_path=CHROMIUM, args=QUIET)
+        yield browser
+        browser.close()
 
-            command = page.locator(".sprout-command")   # follows a control
-            page.locator(".jupyter-widgets select").first.select_option("mini")
-            until(page, lambda: "--preset mini" in command.inner_text(),
-                  what="the command's change")
-            page.locator(".jupyter-widgets select").first.select_option("nano")
-            button("Reset").click()
-            until(page, lambda: "--hidden_size 32" in command.inner_text(),
-                  what="the reset of the settings")
 
-            button("Run").click()
-            until(page, lambda: state(page) == "running", what="the run")
-            until(page, lambda: page.locator("text=what it writes at step").count() > 0
-                  and step(page) > 100, what="live progress")
-            first_picture = page.locator(".widget-image").first.get_attribute("src")
-            picture(page, "panel_during")
-            until(page,
-                  lambda: page.locator(".widget-image").first.get_attribute("src") != first_picture,
-                  what="a new curve")
+class Page:
+    "A notebook in a window, with what one does in it."
 
-            asked = time.monotonic()
-            button("Stop").click()
-            until(page, lambda: state(page) == "stopped", what="the stop")
-            took = time.monotonic() - asked
-            print(f"stopped after {took:.2f} s")
-            assert took < 2
-            page.wait_for_timeout(200)
-            stopped_at = step(page)
-            picture(page, "panel_after")
+    def __init__(self, browser, lab: Lab, name: str, *cells: str, size=(1280, 800),
+                 files: bool = False):
+        self.lab, self.name = lab, name
+        self.page = browser.new_page(viewport={"width": size[0], "height": size[1]})
+        self.page.set_default_timeout(10_000)
+        self.page.on("dialog", lambda dialog: dialog.accept())
+        address = lab.notebook(name, *cells)
+        self.page.goto(address.replace("/doc/tree", "/lab/tree") + "?reset" if files else address)
+        self.ready()
+        if files and not self.page.locator(".jp-DirListing-item").first.is_visible():
+            self.page.locator('.jp-SideBar [data-id="filebrowser"]').click()
+            self.page.wait_for_selector(".jp-DirListing-item")
 
-            # the playground, on the model that the panel kept
-            button("Write").scroll_into_view_if_needed()
-            button("Write").click()
-            until(page, lambda: state(page, 1) == "ready"
-                  and page.locator(".sprout-text label").count() > 30, what="the text")
-            letter = page.locator(".sprout-text label").nth(12)
-            letter.click()
-            page.wait_for_selector(".sprout-text label:nth-of-type(13) i", state="visible",
-                                   timeout=5_000)
-            assert letter.locator("s").count() == 5
-            picture(page, "playground")
+    def ready(self) -> None:
+        self.page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status=idle]",
+                                    timeout=60_000)
+        self.page.wait_for_selector("text=/Python 3 .*Idle/", timeout=60_000)
 
-            page.keyboard.press("Control+s")
-            button("Resume").click()
-            until(page, lambda: state(page) == "running" and step(page) > stopped_at,
-                  what="the resumed run")
-            # widgets live in the kernel: the page finds them again, and the run goes on in it
-            page.reload()
-            page.wait_for_selector('button.widget-button[title="Stop"]', timeout=30_000)
-            until(page, lambda: state(page) == "running", what="the reloaded panel")
-            seen = step(page)
-            until(page, lambda: step(page) > seen, what="progress after the reload")
-            button("Stop").click()
-            until(page, lambda: state(page) == "stopped", what="the second stop")
-            assert (home / "work/run/checkpoints").is_dir()
-        except BaseException:
-            picture(page, "failure")
-            raise
-        finally: browser.close()
+    def run_cell(self, index: int) -> None:
+        "Shift+Enter in a cell, again where JupyterLab was not ready to take it."
+        cell = self.page.locator(".jp-CodeCell").nth(index)
+        before = cell.locator(".jp-InputPrompt").inner_text()
+        for _ in range(20):
+            cell.locator(".cm-content").click()
+            self.page.keyboard.press("Shift+Enter")
+            self.page.wait_for_timeout(400)
+            if cell.locator(".jp-InputPrompt").inner_text() != before: return
+        raise AssertionError(f"cell {index} does not run")
+
+    def open_panel(self, index: int = 0) -> None:
+        self.run_cell(index)
+        self.page.wait_for_selector('button.widget-button[title="Run"]', timeout=60_000)
+        self.until(lambda: self.state() in ("ready", "running", "stopped", "finished"),
+                   what="the panel")
+
+    def button(self, title: str):
+        return self.page.locator(f'button.widget-button[title="{title}"]').first
+
+    def state(self, index: int = 0) -> str:
+        return self.page.locator(".sprout-state").nth(index).inner_text()
+
+    def message(self) -> str: return self.page.locator(".sprout-message").first.inner_text()
+
+    def step(self) -> int:
+        "The step that the panel's table shows."
+        shown = self.page.locator(".sprout-progress")
+        return int(re.search(r"step ([\d,]+) of",
+                             shown.first.inner_text())[1].replace(",", "")) if shown.count() else -1
+
+    def field(self, name: str):
+        "The field of a setting, by its label."
+        label = (f'//b[text()="{name}"]/ancestor::div[contains(concat(" ",@class," ")," '
+                 f'widget-html ")]')
+        return self.page.locator(f'xpath={label}/following-sibling::*[1]//input[@type="text"]').first
+
+    def type(self, name: str, text: str) -> None:
+        self.field(name).fill(text)
+        self.field(name).press("Enter")
+
+    def problem(self, words: str) -> bool:
+        "Whether a mistake is answered with these words, beside its field."
+        return self.page.locator(".widget-vbox .widget-vbox .sprout-problem",
+                                 has_text=words).count() > 0
+
+    def until(self, condition, seconds: float = 20, what: str = "it") -> None:
+        end = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < end, f"{what} did not happen in {seconds} s"
+            self.page.wait_for_timeout(50)
+
+    def until_state(self, *states: str, seconds: float = 25) -> None:
+        self.until(lambda: self.state() in states, seconds, f"the state {' or '.join(states)}")
+
+    def picture(self, name: str) -> None:
+        if SCREENSHOTS: self.page.screenshot(path=f"{SCREENSHOTS}/{name}.png")
+
+    def close(self) -> None:
+        "Leave, and end the kernel: the next test has the machine for itself."
+        self.picture(f"last_{self.name}")
+        self.page.close()
+        for session in self.lab.api("api/sessions"):
+            self.lab.api(f"api/sessions/{session['id']}", "DELETE")
+
+
+@pytest.fixture
+def window(lab, browser):
+    opened = []
+    def open_page(name: str, *cells: str, **options) -> Page:
+        opened.append(Page(browser, lab, name, *cells, **options))
+        return opened[-1]
+    yield open_page
+    for page in opened: page.close()
+
+
+def settings_of(lab: Lab, name: str) -> dict:
+    "The settings that a run wrote down."
+    content = yaml.safe_load((lab.work / name / "config.yaml").read_text())
+    return {key: value for part in content.values() for key, value in part.items()}
+
+
+def steps_of(lab: Lab, name: str) -> list[int]:
+    return sorted(int(p.name.removeprefix("step_"))
+                  for p in (lab.work / name / "checkpoints").glob("step_*"))
+
+
+# ---- the panel, number by number -----------------------------------------------------------------
+
+def test_1_what_is_typed_is_trained_and_mistakes_are_answered(lab, window):
+    page = window("typed", panel_cell("typed", max_steps=12))
+    page.open_panel()
+    typed = {"hidden_size": "250", "sequence_length": "50", "batch_size": "7", "max_steps": "13"}
+    page.type("num_attention_heads", "-3")
+    page.until(lambda: page.problem("num_attention_heads=-3: a whole number at least 1"),
+               what="an answer beside the field")
+    assert page.field("num_attention_heads").input_value() == "-3"
+    page.type("num_attention_heads", "5")
+    for name, value in typed.items(): page.type(name, value)
+    command = page.page.locator(".sprout-command")
+    page.until(lambda: command.count() and all(f"--{n} {v}" in command.inner_text() for n,
+                                               v in typed.items()), what="the command")
+    assert {name: page.field(name).input_value() for name in typed} == typed
+    page.type("learning_rate", "50")
+    page.until(lambda: page.problem("learning_rate=50: a number above 0"),
+               what="an answer beside the field")
+    page.picture("1_typed")
+    page.type("learning_rate", "0.0123")
+    page.button("Run").click()
+    page.until_state("finished")
+    told = settings_of(lab, "typed")
+    shown = {"hidden_size": 250, "sequence_length": 50, "batch_size": 7, "max_steps": 13,
+             "num_attention_heads": 5, "learning_rate": 0.0123}
+    assert {name: told[name] for name in shown} == shown
+
+
+@pytest.mark.parametrize("size", [(1280, 800), (1920, 1080)])
+def test_2_everything_is_in_view(window, size):
+    page = window(f"fits{size[0]}", panel_cell(f"fits{size[0]}", settings="", max_steps=60),
+                  size=size, files=True)
+    page.open_panel()
+    page.button("Run").click()
+    page.until(lambda: page.page.locator(".jp-OutputArea svg .sprout-hover").count() > 0,
+               what="a curve")
+    page.button("Run").scroll_into_view_if_needed()
+    def inside(locator) -> bool:
+        box = locator.bounding_box()
+        return (box is not None and box["y"] >= 0 and box["y"] + box["height"] <= size[1]
+                and box["x"] + box["width"] <= size[0])
+    curve, head, form = (page.page.locator(".jp-OutputArea svg").first,
+                         page.page.locator(".sprout-state").first, page.field("batch_size"))
+    page.picture(f"2_running_{size[0]}")
+    assert inside(curve), (curve.bounding_box(), size)
+    # two columns
+    assert (curve.bounding_box()["x"] > form.bounding_box()["x"] and inside(head)
+            and inside(page.button("Stop")))
+    for group in ("Model", "Training"):
+        page.page.locator("[class*=Collapse-header]", has_text=group).first.click()
+    page.page.wait_for_timeout(500)
+    page.picture(f"2_unfolded_{size[0]}")
+    assert inside(head) and inside(page.button("Stop")) and inside(curve)

@@ -19,7 +19,7 @@ from sprout_lab.families import configure, families, make_trainer
 from sprout_lab.panels import compare, panel, playground
 from sprout_lab.panels.compare import config_differences
 from sprout_lab.panels.live import Live
-from sprout_lab.panels.panel import control_for, get_control
+from sprout_lab.panels.controls import Control
 from sprout_lab.runs import read_log
 from sprout_lab.trainers.trainer import Trainer
 
@@ -38,8 +38,8 @@ def small(tmp_path): return {**SMALL, "max_steps": 60, "output_dir": str(tmp_pat
 def test_every_control_keeps_its_settings_bounds(name):
     for cls in (families[name].config_class, *sections.values()):
         for spec in settings_fields(cls):
-            control = control_for(spec)
-            assert get_control(spec, control) == spec.default
+            control = Control(spec)
+            assert control.value == spec.default
             if not isinstance(control,
                               (widgets.IntSlider, widgets.FloatSlider, widgets.FloatLogSlider,
                                widgets.SelectionSlider, widgets.BoundedIntText)):
@@ -164,7 +164,7 @@ def test_run_stop_resume_reset(small):
         assert p.running and time.monotonic() < deadline + 30
     p.reset()   # while it runs
     assert p.wait(10) and p.state == "ready" and p.model is None
-    assert get_control(p.specs["max_steps"], p.controls["max_steps"]) == 100_000
+    assert p.controls["max_steps"].value == 100_000
 
 
 def test_two_clicks_at_once_do_not_mix(small):

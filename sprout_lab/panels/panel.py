@@ -10,6 +10,7 @@ __all__ = ['PanelBox', 'command_html', 'status_html', 'cost_words', 'EarlierRuns
 import atexit
 import html
 import threading
+import time
 import weakref
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from IPython.display import display
 from ..configs import ConfigError, RunConfig
 from ..families import load_model, objective_for
 from .background import Between, Samples, Training, error_words
-from .controls import one_at_a_time, problem_html, push_button
+from .controls import Control, one_at_a_time, problem_html, push_button
 from .estimate import Measuring, count_parameters, size_words, state_bytes
 from .form import Form, form_box
 from .history import (RunList, differences, family_runs, flat_settings, in_words,
@@ -29,12 +30,14 @@ from .live import Live, Record, fill_record
 from .view import LookInside, RunView, wrapping_row
 from ..runs import Run, find_checkpoint, new_run_folder, run_facts
 
-# %% ../../nbs/panels/panel.ipynb #ac2b8315
+# %% ../../nbs/panels/panel.ipynb #39ef279e
 _BUTTONS = {"Run": "play", "Stop": "stop", "Resume": "step-forward", "Reset": "undo",
             "Measure": "tachometer"}
 _HEIGHT = "max(430px, calc(100vh - 390px))"
 
 def _column(child, basis: str) -> widgets.VBox:
+    "A column that scrolls by itself; its child keeps its height."
+    child.layout.flex = "0 0 auto"
     layout = widgets.Layout(flex=f"1 1 {basis}", min_width="0", max_height=_HEIGHT,
                             overflow="hidden auto", padding="0 12px 0 0")
     return widgets.VBox([child], layout=layout)
@@ -46,13 +49,13 @@ def _title_html(family) -> str:
     look = f'style="{line};text-overflow:ellipsis" title="{words}"'
     return f'<div {look}><b style="font-size:15px">{name}</b> &ensp;{words}</div>'
 
-# %% ../../nbs/panels/panel.ipynb #49b680c8
+# %% ../../nbs/panels/panel.ipynb #a18b8787
 class PanelBox:
     """The widgets of a panel: a head with buttons, state and offers; a form; and leaves for the
     run, its inside and the runs on the disk. `actions`: what each button does."""
 
     def __init__(self, family, form: Form, leaves: dict, actions: dict):
-        self.buttons = {name: push_button(name, icon, actions[name])
+        self.buttons = {name: push_button(name, icon, actions[name], width="104px")
                         for name, icon in _BUTTONS.items()}
         self.buttons["Run"].button_style = "primary"
         self.status, self.command_line, self.also = widgets.HTML(), widgets.HTML(), widgets.HTML()
@@ -71,7 +74,7 @@ class PanelBox:
         self.box = widgets.VBox([*head, columns, self.command_line],
                                 layout=widgets.Layout(width="100%", padding="2px"))
 
-# %% ../../nbs/panels/panel.ipynb #af845cfb
+# %% ../../nbs/panels/panel.ipynb #02dac259
 _COMMAND = ("margin:2px 0;padding:4px "
             "8px;white-space:pre;overflow-x:auto;user-select:all;font-size:12px;line-height:1.4;"
             "color:inherit;background:rgba(128,128,128,.12);border-radius:3px")
@@ -99,7 +102,7 @@ def cost_words(run: RunConfig, data=None) -> str:
     return (f"{parameters:,} parameters, {size} with gradients and moments; Measure says how long "
             f"it takes")
 
-# %% ../../nbs/panels/panel.ipynb #bafb4a22
+# %% ../../nbs/panels/panel.ipynb #750b7263
 class EarlierRuns:
     "The curves of the last few runs with their settings, named by what was different in them."
 
@@ -128,9 +131,10 @@ class KeptData:
 
     def of(self, run: RunConfig): return self.data if self.config == run.data else None
 
-# %% ../../nbs/panels/panel.ipynb #5c247e7c
+# %% ../../nbs/panels/panel.ipynb #a4bcd472
 class _PanelState:
     "What a panel says: its `state` and `message`, the command, the runs on the disk."
+
     def enter(self, state: str, message: str | None = None) -> None:
         "Go into a state: ready, running, measuring, stopping, stopped, finished or failed."
         self.state = state
@@ -142,11 +146,14 @@ class _PanelState:
         self.shown.status.value = status_html(state, self.message)
         offers = self.folder is None and not busy and self.shown.offer.options
         self.shown.offer_row.layout.display = None if offers else "none"
+
     def refuse(self, error: Exception) -> None:
         "Go into the state failed, and say why."
         self.error = error
         self.enter("failed", error_words(error))
+
     def log(self, *words) -> None: self.enter(self.state, " ".join(map(str, words)))
+
     @one_at_a_time
     def settings_changed(self) -> None:
         "Follow the controls: the command, what the run would cost, or why it cannot be."
@@ -170,7 +177,7 @@ class _PanelState:
         self.runs.refresh()
         self.enter(self.state)
 
-# %% ../../nbs/panels/panel.ipynb #7cdee1c6
+# %% ../../nbs/panels/panel.ipynb #e416f10f
 class _PanelRuns(_PanelState):
     "What a panel does with runs."
 
@@ -221,7 +228,7 @@ class _PanelRuns(_PanelState):
         else: self.look_for_runs()
         tell_panels()
 
-# %% ../../nbs/panels/panel.ipynb #320d0bab
+# %% ../../nbs/panels/panel.ipynb #e99afa5b
 def _end_words(trainer) -> tuple[str, str]:
     "The state that a run ended in, and what there is to say of it."
     reason = "" if trainer.stop_reason in ("finished", "stopped") else f"{trainer.stop_reason} "
@@ -243,9 +250,10 @@ def _resumed(run: RunConfig, folder) -> RunConfig:
     if Run(folder).steps(): run.output.resume_from = str(folder)
     return run
 
-# %% ../../nbs/panels/panel.ipynb #5ef940ea
+# %% ../../nbs/panels/panel.ipynb #96819e6f
 class _PanelButtons(_PanelRuns):
     "What a panel's buttons do; each returns at once."
+
     @one_at_a_time
     def run(self) -> None:
         "Train from the beginning, in a folder of its own."
@@ -254,6 +262,7 @@ class _PanelButtons(_PanelRuns):
         except ConfigError as error: return self.refuse(error)
         self.earlier.remember(self.view.record, self.settings)
         self.begin(run)
+
     @one_at_a_time
     def resume(self) -> None:
         """Go on from the last checkpoint of the run that is shown, with the settings as they are
@@ -285,7 +294,7 @@ class _PanelButtons(_PanelRuns):
         self.form.reset()
         self.look_for_runs()
 
-# %% ../../nbs/panels/panel.ipynb #e669b9a0
+# %% ../../nbs/panels/panel.ipynb #3f39e842
 class _PanelMore(_PanelButtons):
     "Measuring, continuing, and who may use the model when."
 
@@ -333,7 +342,7 @@ class _PanelMore(_PanelButtons):
         if self.training is not None and self.training.running: self.between.ask(function)
         else: function()
 
-# %% ../../nbs/panels/panel.ipynb #6a436f34
+# %% ../../nbs/panels/panel.ipynb #b9bf6a31
 class Panel(_PanelMore):
     """Settings, buttons and a live view of one family. Made by `panel`; shows itself in a cell.
 
@@ -382,7 +391,7 @@ class Panel(_PanelMore):
     @property
     def command(self) -> str: return self.config().command()
 
-# %% ../../nbs/panels/panel.ipynb #7157e80a
+# %% ../../nbs/panels/panel.ipynb #22853170
 _all_panels: "weakref.WeakSet[Panel]" = weakref.WeakSet()
 
 def running_panels() -> list[Panel]:
@@ -415,7 +424,7 @@ def stop_all(seconds: float = 4.0) -> None:
     for panel in running: panel.training.stop()
     for panel in running: panel.training.wait(seconds)
 
-# %% ../../nbs/panels/panel.ipynb #cff211eb
+# %% ../../nbs/panels/panel.ipynb #cfacaf18
 _of_cell: dict[str, tuple[tuple, Panel]] = {}
 
 def cell_id() -> str | None:

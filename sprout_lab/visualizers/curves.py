@@ -60,7 +60,7 @@ def _points(log: dict, x: str, y: str) -> tuple[np.ndarray, np.ndarray]:
     ranks = np.argsort(xs[keep], kind="stable")
     return xs[keep][ranks], ys[keep][ranks]
 
-# %% ../../nbs/visualizers/curves.ipynb #302eebb1
+# %% ../../nbs/visualizers/curves.ipynb #0959e7b3
 def _thin(xs, ys, most: int):
     "At most `most` points, each the mean of a block of neighbours."
     if len(xs) <= most: return xs, ys
@@ -79,7 +79,7 @@ def smooth(values, weight: float) -> np.ndarray:
         means.append(total / seen)
     return np.array(means) if len(values) else values
 
-# %% ../../nbs/visualizers/curves.ipynb #bcdbfaec
+# %% ../../nbs/visualizers/curves.ipynb #8f26fbab
 X_AXES = {"tokens": ("tokens", "training tokens"), "step": ("step", "training step"),
           "seconds": ("elapsed_seconds", "seconds of training")}
 
@@ -95,7 +95,7 @@ METRICS = {
     "num_parameters": ("parameters", False, "{:,.0f}"),
 }
 
-# %% ../../nbs/visualizers/curves.ipynb #ab22658e
+# %% ../../nbs/visualizers/curves.ipynb #d80f41be
 @dataclass
 class _Curve:
     """One part of a run over its seeds, on the stretch of x that all of them cover: `values
@@ -129,7 +129,7 @@ def _curve(seeds: list[dict], part: str, x: str, y: str, points: int, smoothing:
     if not len(grid): return _Curve()
     return _Curve(grid, np.stack([np.interp(grid, *curve) for curve in curves]))
 
-# %% ../../nbs/visualizers/curves.ipynb #6d381b8b
+# %% ../../nbs/visualizers/curves.ipynb #90b0ca1c
 def _draw_curve(ax, curve: _Curve, band: float, **look) -> None:
     "The mean of a curve as a line; over several seeds with a band from the lowest to the highest."
     if len(curve.values) == 1: ax.plot(curve.xs, curve.mean, **look)
@@ -165,7 +165,7 @@ def _draw_earlier(ax, index: int, name: str, parts: dict[str, _Curve]) -> None:
     ax.plot(curve.xs, curve.mean, color=QUIET, alpha=0.6, linewidth=1.2, linestyle=dash,
             label=f"{name} {curve.final}", zorder=1.5)
 
-# %% ../../nbs/visualizers/curves.ipynb #4f3f541e
+# %% ../../nbs/visualizers/curves.ipynb #8341e362
 def _frame(ax, curves: list[_Curve], baselines: dict, log_scale: bool) -> None:
     "Limits of the vertical axis, and the baselines as dashed lines with their names at the right."
     lows, highs = [c.values.min() for c in curves], [c.values.max() for c in curves]
@@ -194,7 +194,7 @@ def _frame(ax, curves: list[_Curve], baselines: dict, log_scale: bool) -> None:
                     xycoords=("axes fraction", "data"), textcoords="axes fraction", fontsize=8,
                     color=QUIET, va="center", annotation_clip=False)
 
-# %% ../../nbs/visualizers/curves.ipynb #341d2c37
+# %% ../../nbs/visualizers/curves.ipynb #ef38d995
 def _hover(ax, label: str, curves: dict[str, _Curve]) -> None:
     """Every curve's value under the mouse, at the places of the held-out points and, between
     them, of the training's."""
@@ -263,6 +263,8 @@ def plot_bits_per_byte(runs, baselines: dict[str, float] | None = None, x: str =
     _name_axes(ax, label, metric, title)
     drawn = [curve for run in [*named.values(), *before.values()] for curve in run.values()
              if len(curve.xs)]
+    # the first moment
+    if drawn and not max(curve.xs[-1] for curve in drawn): ax.set_xlim(-0.05, 1)
     _frame(ax, drawn, baselines or {}, log_scale)
     _legend(ax, _notes(named))
     shown = {f"{name} {part}".strip() if len(named) > 1 else part: curve
@@ -332,7 +334,7 @@ def _compare_baselines(ax, rows: int, baselines: dict) -> None:
                     textcoords="offset points", fontsize=8, color=QUIET, rotation=30, ha="left",
                     va="bottom", rotation_mode="anchor")
 
-# %% ../../nbs/visualizers/curves.ipynb #745dc6d3
+# %% ../../nbs/visualizers/curves.ipynb #78adf41a
 def plot_comparison(table, metrics=("bits_per_byte", "accuracy", "top5_accuracy"),
                     baselines: dict[str, float] | None = None, title: str | None = None,
                     row_height: float = 0.34, style: str = "light") -> Figure:
@@ -403,7 +405,7 @@ def _draw_seeds(ax, ranked: list[np.ndarray]) -> None:
                                jitter=False, size=5.5, color="#FFFFFF", edgecolor="#000000",
                                linewidth=0.9, zorder=4)
 
-# %% ../../nbs/visualizers/curves.ipynb #9ca8e671
+# %% ../../nbs/visualizers/curves.ipynb #088ebf68
 def _draw_variant(ax, y: int, row: tuple, base: float, is_reference: bool) -> None:
     "Mean, error bar and difference of one variant."
     seeds, mean, std = row
@@ -415,7 +417,7 @@ def _draw_variant(ax, y: int, row: tuple, base: float, is_reference: bool) -> No
     ax.annotate(note, (max([mean + std, *seeds]), y), xytext=(8, 0), textcoords="offset points",
                 va="center", fontsize=8.5)
 
-# %% ../../nbs/visualizers/curves.ipynb #3a817816
+# %% ../../nbs/visualizers/curves.ipynb #167f5857
 def plot_ablations(results: dict, reference: str | None = None, metric: str = "bits per byte",
                    title: str | None = None, row_height: float = 0.36,
                    style: str = "light") -> Figure:
