@@ -15,6 +15,8 @@ import matplotlib
 import pytest
 import yaml
 
+pytestmark = pytest.mark.slow   # a browser and JupyterLab: up to a minute for each
+
 root = Path(__file__).parent.parent
 CHROMIUM = os.environ.get("CHROMIUM") or next(filter(None,
                                                      map(shutil.which,
@@ -26,7 +28,8 @@ QUIET = ["--no-sandbox", "--disable-gpu", "--disable-background-networking",
          "--disable-component-update", "--disable-sync"]
 
 PANEL = """from sprout_lab.panels import compare, panel, playground
-p = panel({family!r}, {settings}max_steps={max_steps}, sequence_length=64, batch_size=8, eval_interval=50, eval_batches=2,
+p = panel({family!r}, {settings}max_steps={max_steps}, sequence_length=64,
+          batch_size=8, eval_interval=50, eval_batches=2,
           save_interval=1000, log_interval=10, tensorboard=False, sample_tokens=0, output_dir={name!r})
 p"""
 SMALL = "hidden_size=32, num_hidden_layers=1, num_attention_heads=2, "
@@ -279,3 +282,223 @@ def test_2_everything_is_in_view(window, size):
     page.page.wait_for_timeout(500)
     page.picture(f"2_unfolded_{size[0]}")
     assert inside(head) and inside(page.button("Stop")) and inside(curve)
+
+
+def test_3_a_cell_that_is_run_twice_finds_its_run(lab, window):
+    page = window("twice", panel_cell("twice"))
+    page.open_panel()
+    page.button("Run").click()
+    page.until(lambda: page.step() > 20, what="progress")
+    before = page.step()
+    page.run_cell(0)
+    page.until(lambda: "this cell's run goes on" in page.message(), what="the adoption")
+    page.until(lambda: page.state() == "running" and page.step() > before,
+               what="progress of the same run")
+    page.picture("3_adopted")
+    cell = page.page.locator(".jp-CodeCell").first.locator(".cm-content")
+    cell.click()
+    page.page.keyboard.press("Control+End")
+    # another cell now: the same panel, other arguments
+    page.page.keyboard.type("\n\n")
+    page.page.keyboard.press("Control+a")
+    page.page.keyboard.insert_text(panel_cell("other", max_steps=77))
+    page.page.keyboard.press("Shift+Enter")
+    words = "the run that this cell began before was stopped, in twice"
+    page.until(lambda: words in page.message(), what="the word of the stop")
+    assert page.state() == "ready" and page.field("max_steps").input_value() == "77"
+    page.until(lambda: max(steps_of(lab, "twice")) > before, what="the stopped run's checkpoint")
+
+
+def test_4_after_a_restart_the_panel_offers_to_continue(lab, window):
+    page = window("again", panel_cell("again"))
+    page.open_panel()
+    page.button("Run").click()
+    page.until(lambda: page.step() > 30, what="progress")
+    seen = page.step()
+    kernel, = (session["kernel"]["id"] for session in lab.api("api/sessions"))
+    lab.api(f"api/kernels/{kernel}/restart", "POST")
+    last = max(steps_of(lab, "again"))
+    assert last >= seen, "the kernel's end wrote no checkpoint"
+    page.page.wait_for_timeout(500)
+    page.ready()
+    page.run_cell(0)
+    offer = page.page.locator("select",
+                              has=page.page.locator("option", has_text=f"continue again, step "
+                                                                       f"{last:,} of 5,000"))
+    page.until(lambda: offer.count() > 0 and offer.first.is_visible(), 30, "the offer")
+    page.picture("4_offer")
+    page.button("Continue").click()
+    page.until(lambda: page.state() == "running" and page.step() > last, 30, "the run that goes on")
+    page.button("Stop").click()
+    page.until_state("stopped")
+    page.button("Reset").click()
+    page.until_state("ready")
+    page.until(lambda: page.button("Continue").is_visible(), what="the offer after a reset")
+
+
+def test_5_run_after_run(lab, window):
+    page = window("runs", panel_cell("first", max_steps=40))
+    page.open_panel()
+    page.button("Measure").click()
+    page.until(lambda: "(measured in 5 steps just now)" in page.message(), 30, "the measurement")
+    page.button("Run").click()
+    page.until_state("finished")
+    page.type("learning_rate", "0.004")
+    page.button("Run").click()
+    page.until(lambda: page.state() == "finished" and "first-2" in page.message(), 25,
+               "the second run")
+    words = page.page.locator(".sprout-hover").last
+    page.until(lambda: "learning_rate=0.01 " in words.text_content(),
+               what="the first run's pale line")
+    picture = page.page.locator(".jp-OutputArea svg").first
+    strip = page.page.locator(".sprout-hover").nth(3)
+    strip.locator("rect").hover(force=True)
+    page.until(lambda: strip.locator("g text").first.is_visible(), what="values under the mouse")
+    assert re.match(r"step \d+", strip.locator("g text").first.text_content())
+    page.picture("5_hover")
+    before = picture.inner_html()
+    page.page.locator("select",
+                      has=page.page.locator("option",
+                                            has_text="gradient norm")).first.select_option("gradient norm")
+    page.until(lambda: picture.inner_html() != before, what="the gradient norms")
+    page.page.locator("[role=tab]", has_text="Runs").click()
+    page.page.locator('input[placeholder="name"]').fill("small one")
+    page.page.locator('input[placeholder="name"]').press("Enter")
+    page.button("Rename").click()
+    page.until(lambda: (lab.work / "small one/config.yaml").exists(), what="the new name")
+    page.picture("5_runs")
+    for _ in range(2):
+        page.page.locator("button.widget-button",
+                          has_text=re.compile("Delete|Really delete")).first.click()
+    page.until(lambda: not (lab.work / "small one").exists(), what="the deletion")
+
+
+def test_6_the_right_sliders_on_top_and_no_empty_choice(window):
+    page = window("tree_settings", panel_cell("tree_settings", family="sprout", settings=""))
+    page.open_panel()
+    labels = page.page.locator(".jp-OutputArea .widget-gridbox b")
+    shown = labels.all_inner_texts()
+    assert shown[:2] == ["preset", "objective"] and {"max_nodes", "compatibility_threshold",
+                                                     "growth"} <= set(shown)
+    for group in ("Model", "Data", "Training"):
+        page.page.locator("[class*=Collapse-header]", has_text=group).first.click()
+        labels = page.page.locator(".widget-accordion .widget-gridbox b:visible")
+        page.until(lambda: labels.count() > 5, what=f"the group {group}")
+        for menu in page.page.locator(".jp-OutputArea select:visible").all():
+            assert menu.evaluate("menu => menu.selectedIndex >= 0 && "
+                                 "menu.selectedOptions[0].text.trim() !== ''")
+    page.picture("6_sprout")
+
+
+def test_7_units_gaps_and_times(window):
+    page = window("tree_run",
+                  panel_cell("tree_run", family="sprout", settings="hidden_size=32, max_nodes=3, "))
+    page.open_panel()
+    page.button("Run").click()
+    page.until(lambda: page.page.locator(".jp-OutputArea svg").count() > 0 and page.step() < 10
+               or page.step() > 60, what="a first curve")
+    assert page.step() < 10, "the first curve came after the first row of the log"
+    page.until(lambda: page.step() > 20, what="progress")
+    text = page.page.locator(".jp-OutputArea").first.inner_text()
+    assert ("what it fills in at step 0" in text and "nats per" in text
+            and "bits per byte" not in text)
+    assert len(set(re.findall(r"nats per [a-z ]*token", text))) == 1
+    page.button("Stop").click()
+    page.until_state("stopped")
+    page.button("Resume").click()
+    page.until(lambda: "left" in page.page.locator(".sprout-progress").first.inner_text(),
+               what="the time that is left")
+    told = page.page.locator(".sprout-progress").first.inner_text()
+    step, total = (int(n.replace(",", ""))
+                   for n in re.search(r"step ([\d,]+) of ([\d,]+)", told).groups())
+    minutes, seconds = re.search(r"about (?:(\d+) min )?0?(\d+) s left", told).groups()
+    left = 60 * int(minutes or 0) + int(seconds)
+    # seconds a step; the wait for the resumed state is not among them
+    assert 0 < left / (total - step) < 1, told
+    curve, column = (page.page.locator(".jp-OutputArea svg").first.bounding_box(),
+                     page.page.locator(".widget-tab-contents").first.bounding_box())
+    assert curve["width"] > 0.9 * min(column["width"] - 40, 700), (curve, column)
+    page.picture("7_sprout")
+    page.button("Stop").click()
+    page.until_state("stopped")
+
+
+LIVE = """from sprout_lab.families import configure, make_trainer
+from sprout_lab.panels import compare
+from sprout_lab.panels.live import Live
+run = configure("transformer", dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+                                    sequence_length=32, batch_size=4, max_steps=40,
+                eval_interval=10, eval_batches=1, sample_tokens=0, tensorboard=False, output_dir="runs/live"))
+make_trainer(run, extra_callbacks=[Live()]).train();"""
+LIGHT_INK = """node => {
+    const [r, g, b] = getComputedStyle(node).color.match(/[\\d.]+/g).map(Number)
+    const page = getComputedStyle(document.body).getPropertyValue('--jp-layout-color0')
+    return [0.2126 * r + 0.7152 * g + 0.0722 * b, page.trim()]
+}"""
+
+
+def test_8_pictures_follow_a_dark_page(lab, window):
+    lab.setting("apputils-extension/themes", {"theme": "JupyterLab Dark"})
+    try:
+        page = window("dark", LIVE, "compare()",
+                      panel_cell("runs/live-2", max_steps=40) + "\np.attach('runs/live')")
+        page.run_cell(0)
+        page.page.wait_for_selector(".sprout-live", timeout=30_000)
+        image = page.page.locator(".jp-RenderedImage img").first
+        page.until(lambda: image.is_visible(), 30, "the live picture")
+        assert "invert" in image.evaluate("image => getComputedStyle(image).filter")
+        page.until(lambda: "finished" in page.page.locator(".sprout-live").first.inner_text(), 30,
+                   "the end of the run")
+        page.run_cell(1)
+        page.page.wait_for_selector(".jp-OutputArea svg", timeout=30_000)
+        page.run_cell(2)
+        page.page.wait_for_selector('button.widget-button[title="Run"]', timeout=30_000)
+        for number in range(page.page.locator(".jp-OutputArea .widget-html svg").count()):
+            ink, paper = page.page.locator(".jp-OutputArea .widget-html svg").nth(number).evaluate(LIGHT_INK)
+            assert ink > 150 and paper in ("#111", "#111111", "#000"), (ink, paper)
+        page.picture("8_dark_compare")
+        page.button("Run").scroll_into_view_if_needed()
+        page.page.wait_for_timeout(300)
+        page.picture("8_dark_panel")
+    finally: lab.setting("apputils-extension/themes", {"theme": "JupyterLab Light"})
+
+
+def test_stop_answers_and_a_reloaded_page_finds_its_run(lab, window):
+    page = window("reload", panel_cell("reload"),
+                  'play = playground(p, prompt="ROMEO:", max_tokens=60, seed=1)\nplay')
+    page.open_panel()
+    page.run_cell(1)
+    page.page.wait_for_selector('button.widget-button[title="Write"]', timeout=30_000)
+    page.button("Run").scroll_into_view_if_needed()
+    page.button("Run").click()
+    page.until(lambda: page.step() > 60, what="progress")
+    first = page.page.locator(".jp-OutputArea svg").first.inner_html()
+    page.until(lambda: page.page.locator(".jp-OutputArea svg").first.inner_html() != first,
+               what="a new curve")
+    asked = time.monotonic()
+    page.button("Stop").click()
+    page.until_state("stopped")
+    assert time.monotonic() - asked < 3
+    # the playground, on the model that the panel kept
+    page.button("Write").scroll_into_view_if_needed()
+    page.button("Write").click()
+    page.until(lambda: page.page.locator(".sprout-text label").count() > 30, what="the text")
+    letter = page.page.locator(".sprout-text label").nth(12)
+    letter.click()
+    page.page.wait_for_selector(".sprout-text label:nth-of-type(13) i", state="visible",
+                                timeout=5_000)
+    assert letter.locator("s").count() == 5
+    page.picture("playground")
+    page.page.keyboard.press("Control+s")
+    stopped_at = page.step()
+    page.button("Resume").click()
+    page.until(lambda: page.state() == "running" and page.step() > stopped_at,
+               what="the resumed run")
+    # widgets live in the kernel: the page finds them again
+    page.page.reload()
+    page.page.wait_for_selector('button.widget-button[title="Stop"]', timeout=30_000)
+    page.until(lambda: page.state() == "running", what="the reloaded panel")
+    seen = page.step()
+    page.until(lambda: page.step() > seen, what="progress after the reload")
+    page.button("Stop").click()
+    page.until_state("stopped")

@@ -50,7 +50,7 @@ class LeakyModel(RecurrentModel):
 
 
 class LeakyForCausalLM(RecurrentForCausalLM):
-    config_class, base_class = LeakyConfig, LeakyModel
+    config_class, base_model_class = LeakyConfig, LeakyModel
 
 
 def family():

@@ -10,7 +10,6 @@ __all__ = ['PanelBox', 'command_html', 'status_html', 'cost_words', 'EarlierRuns
 import atexit
 import html
 import threading
-import time
 import weakref
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from IPython.display import display
 from ..configs import ConfigError, RunConfig
 from ..families import load_model, objective_for
 from .background import Between, Samples, Training, error_words
-from .controls import Control, one_at_a_time, problem_html, push_button
+from .controls import one_at_a_time, problem_html, push_button
 from .estimate import Measuring, count_parameters, size_words, state_bytes
 from .form import Form, form_box
 from .history import (RunList, differences, family_runs, flat_settings, in_words,
@@ -30,7 +29,7 @@ from .live import Live, Record, fill_record
 from .view import LookInside, RunView, wrapping_row
 from ..runs import Run, find_checkpoint, new_run_folder, run_facts
 
-# %% ../../nbs/panels/panel.ipynb #39ef279e
+# %% ../../nbs/panels/panel.ipynb #028b2a09
 _BUTTONS = {"Run": "play", "Stop": "stop", "Resume": "step-forward", "Reset": "undo",
             "Measure": "tachometer"}
 _HEIGHT = "max(430px, calc(100vh - 390px))"
@@ -49,7 +48,7 @@ def _title_html(family) -> str:
     look = f'style="{line};text-overflow:ellipsis" title="{words}"'
     return f'<div {look}><b style="font-size:15px">{name}</b> &ensp;{words}</div>'
 
-# %% ../../nbs/panels/panel.ipynb #a18b8787
+# %% ../../nbs/panels/panel.ipynb #19044dba
 class PanelBox:
     """The widgets of a panel: a head with buttons, state and offers; a form; and leaves for the
     run, its inside and the runs on the disk. `actions`: what each button does."""
@@ -74,7 +73,7 @@ class PanelBox:
         self.box = widgets.VBox([*head, columns, self.command_line],
                                 layout=widgets.Layout(width="100%", padding="2px"))
 
-# %% ../../nbs/panels/panel.ipynb #02dac259
+# %% ../../nbs/panels/panel.ipynb #44125cab
 _COMMAND = ("margin:2px 0;padding:4px "
             "8px;white-space:pre;overflow-x:auto;user-select:all;font-size:12px;line-height:1.4;"
             "color:inherit;background:rgba(128,128,128,.12);border-radius:3px")
@@ -102,7 +101,7 @@ def cost_words(run: RunConfig, data=None) -> str:
     return (f"{parameters:,} parameters, {size} with gradients and moments; Measure says how long "
             f"it takes")
 
-# %% ../../nbs/panels/panel.ipynb #750b7263
+# %% ../../nbs/panels/panel.ipynb #07721fc4
 class EarlierRuns:
     "The curves of the last few runs with their settings, named by what was different in them."
 
@@ -131,7 +130,7 @@ class KeptData:
 
     def of(self, run: RunConfig): return self.data if self.config == run.data else None
 
-# %% ../../nbs/panels/panel.ipynb #a4bcd472
+# %% ../../nbs/panels/panel.ipynb #b7cb8cb5
 class _PanelState:
     "What a panel says: its `state` and `message`, the command, the runs on the disk."
 
@@ -174,10 +173,11 @@ class _PanelState:
         runs.sort(key=lambda facts: facts["step"] >= (facts["max_steps"] or 0))
         self.shown.offer.options = [(f"continue {run_label(facts)}", facts["folder"])
                                     for facts in runs]
+        if runs: self.shown.offer.value = runs[0]["folder"]
         self.runs.refresh()
         self.enter(self.state)
 
-# %% ../../nbs/panels/panel.ipynb #e416f10f
+# %% ../../nbs/panels/panel.ipynb #4108ff69
 class _PanelRuns(_PanelState):
     "What a panel does with runs."
 
@@ -228,7 +228,7 @@ class _PanelRuns(_PanelState):
         else: self.look_for_runs()
         tell_panels()
 
-# %% ../../nbs/panels/panel.ipynb #e99afa5b
+# %% ../../nbs/panels/panel.ipynb #ddd53b2d
 def _end_words(trainer) -> tuple[str, str]:
     "The state that a run ended in, and what there is to say of it."
     reason = "" if trainer.stop_reason in ("finished", "stopped") else f"{trainer.stop_reason} "
@@ -250,7 +250,7 @@ def _resumed(run: RunConfig, folder) -> RunConfig:
     if Run(folder).steps(): run.output.resume_from = str(folder)
     return run
 
-# %% ../../nbs/panels/panel.ipynb #96819e6f
+# %% ../../nbs/panels/panel.ipynb #21bd88d4
 class _PanelButtons(_PanelRuns):
     "What a panel's buttons do; each returns at once."
 
@@ -294,7 +294,7 @@ class _PanelButtons(_PanelRuns):
         self.form.reset()
         self.look_for_runs()
 
-# %% ../../nbs/panels/panel.ipynb #3f39e842
+# %% ../../nbs/panels/panel.ipynb #13a5cb56
 class _PanelMore(_PanelButtons):
     "Measuring, continuing, and who may use the model when."
 
@@ -342,7 +342,7 @@ class _PanelMore(_PanelButtons):
         if self.training is not None and self.training.running: self.between.ask(function)
         else: function()
 
-# %% ../../nbs/panels/panel.ipynb #b9bf6a31
+# %% ../../nbs/panels/panel.ipynb #74e6fd91
 class Panel(_PanelMore):
     """Settings, buttons and a live view of one family. Made by `panel`; shows itself in a cell.
 
@@ -391,7 +391,7 @@ class Panel(_PanelMore):
     @property
     def command(self) -> str: return self.config().command()
 
-# %% ../../nbs/panels/panel.ipynb #22853170
+# %% ../../nbs/panels/panel.ipynb #cb7ce0cb
 _all_panels: "weakref.WeakSet[Panel]" = weakref.WeakSet()
 
 def running_panels() -> list[Panel]:
@@ -424,7 +424,7 @@ def stop_all(seconds: float = 4.0) -> None:
     for panel in running: panel.training.stop()
     for panel in running: panel.training.wait(seconds)
 
-# %% ../../nbs/panels/panel.ipynb #cfacaf18
+# %% ../../nbs/panels/panel.ipynb #5d7dcdbf
 _of_cell: dict[str, tuple[tuple, Panel]] = {}
 
 def cell_id() -> str | None:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CURVES', 'wrapping_row', 'text_html', 'RunView', 'LookInside']
 
-# %% ../../nbs/panels/view.ipynb #75e8a3de
+# %% ../../nbs/panels/view.ipynb #8c7cd815
 import html
 import threading
 import time
@@ -19,7 +19,7 @@ from .live import Record, Throttle, plot_record, progress_html
 from ..visualizers.style import new_figure
 from ..visualizers.tree import plot_tree
 
-# %% ../../nbs/panels/view.ipynb #49ba0101
+# %% ../../nbs/panels/view.ipynb #ba6d7624
 CURVES = {"score": None, "learning rate": "learning_rate", "gradient norm": "grad_norm",
           "tokens per second": "tokens_per_second"}
 
@@ -51,7 +51,7 @@ class _CurveChoices:
         return {"metric": CURVES[self.curve.value], "x": self.x.value,
                 "smoothing": self.smoothing.value, "log_scale": self.log_scale.value}
 
-# %% ../../nbs/panels/view.ipynb #0307c00d
+# %% ../../nbs/panels/view.ipynb #4ee38b0a
 _TEXT = ("margin:2px 0;white-space:pre-wrap;overflow-wrap:anywhere;max-height:11em;overflow:auto;"
          "font-size:12px;line-height:1.35;color:inherit;background:none")
 
@@ -60,10 +60,11 @@ def text_html(title: str, text: str) -> str:
     head = f'<div style="font-size:12px;opacity:.75">{html.escape(title)}</div>'
     return f'{head}<pre style="{_TEXT}">{html.escape(text)}</pre>'
 
-# %% ../../nbs/panels/view.ipynb #a0da2b38
+# %% ../../nbs/panels/view.ipynb #ea0a228b
 class RunView:
     """What is seen of a run: `table`, `picture`, `tree` and `sample` in `box`. It is a `Screen`
     for `Live`; `earlier` are the records that stay as pale lines, by name."""
+
     def __init__(self):
         self.handling, parts = (threading.RLock(),
                                 [widgets.HTML(layout=widgets.Layout(width="auto"))
@@ -72,12 +73,14 @@ class RunView:
         self.choices = _CurveChoices(self.draw)
         self.box = widgets.VBox([self.table, self.choices.box, *parts[1:]])
         self.clear()
+
     def clear(self) -> None:
         "Show nothing."
         self.record, self.facts, self.earlier, self.drawn = Record(), {}, {}, 0
         self.table_throttle, self.figure_throttle = Throttle(), Throttle()
         for part in (self.table, self.picture, self.tree, self.sample): part.value = ""
         self.choices.box.layout.display = "none"
+
     def update(self, record: Record, facts: dict, always: bool = False) -> None:
         """Show a record as it is now, no more often than a `Throttle` allows; `always`: in any
         case."""
@@ -85,6 +88,7 @@ class RunView:
         if always or self.table_throttle.ready(): _timed(self.table_throttle, self.show_table)
         grown = record.size != self.drawn and self.figure_throttle.ready()
         if always or grown: _timed(self.figure_throttle, self.draw)
+
     def put_sample(self, title: str, text: str) -> None: self.sample.value = text_html(title, text)
 
     def show_table(self) -> None:
@@ -98,11 +102,11 @@ class RunView:
         if not self.record.drawable: return
         self.choices.box.layout.display = None
         options = self.choices.options()
-        figure = plot_record(self.record, earlier=self.earlier, figure_size=(8.2, 3.7), **options)
+        figure = plot_record(self.record, earlier=self.earlier, figure_size=(6.2, 3.4), **options)
         self.picture.value = figure.svg()
         if self.record.tree is not None: self.tree.value = _tree_svg(*self.record.tree)
 
-# %% ../../nbs/panels/view.ipynb #ca48ecd8
+# %% ../../nbs/panels/view.ipynb #a1b07567
 def _timed(throttle: Throttle, action) -> None:
     began = time.monotonic()
     action()
@@ -110,11 +114,11 @@ def _timed(throttle: Throttle, action) -> None:
 
 
 def _tree_svg(parents, usage) -> str:
-    figure, ax = new_figure(8.2, 2.6)
+    figure, ax = new_figure(6.2, 2.4)
     plot_tree(parents, usage, ax=ax)
     return figure.svg()
 
-# %% ../../nbs/panels/view.ipynb #20a8023b
+# %% ../../nbs/panels/view.ipynb #4a402d23
 class LookInside:
     """A family's pictures of a model: choose one, give a text, draw. `find_model()` gives (model,
     tokenizer) or raises a `ConfigError`; `perform(function)` runs the drawing where the model may

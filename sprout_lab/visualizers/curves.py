@@ -9,7 +9,7 @@ __all__ = ['X_AXES', 'METRICS', 'columns', 'smooth', 'plot_bits_per_byte', 'plot
 from dataclasses import dataclass, field
 
 import numpy as np
-from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 
 from ..configs import ConfigError, nearest
 from .style import (PALETTE, QUIET, Figure, add_hover, import_seaborn,
@@ -60,7 +60,7 @@ def _points(log: dict, x: str, y: str) -> tuple[np.ndarray, np.ndarray]:
     ranks = np.argsort(xs[keep], kind="stable")
     return xs[keep][ranks], ys[keep][ranks]
 
-# %% ../../nbs/visualizers/curves.ipynb #0959e7b3
+# %% ../../nbs/visualizers/curves.ipynb #6e87e05d
 def _thin(xs, ys, most: int):
     "At most `most` points, each the mean of a block of neighbours."
     if len(xs) <= most: return xs, ys
@@ -79,7 +79,7 @@ def smooth(values, weight: float) -> np.ndarray:
         means.append(total / seen)
     return np.array(means) if len(values) else values
 
-# %% ../../nbs/visualizers/curves.ipynb #8f26fbab
+# %% ../../nbs/visualizers/curves.ipynb #eae2d3e4
 X_AXES = {"tokens": ("tokens", "training tokens"), "step": ("step", "training step"),
           "seconds": ("elapsed_seconds", "seconds of training")}
 
@@ -95,7 +95,7 @@ METRICS = {
     "num_parameters": ("parameters", False, "{:,.0f}"),
 }
 
-# %% ../../nbs/visualizers/curves.ipynb #d80f41be
+# %% ../../nbs/visualizers/curves.ipynb #cf594756
 @dataclass
 class _Curve:
     """One part of a run over its seeds, on the stretch of x that all of them cover: `values
@@ -129,7 +129,7 @@ def _curve(seeds: list[dict], part: str, x: str, y: str, points: int, smoothing:
     if not len(grid): return _Curve()
     return _Curve(grid, np.stack([np.interp(grid, *curve) for curve in curves]))
 
-# %% ../../nbs/visualizers/curves.ipynb #90b0ca1c
+# %% ../../nbs/visualizers/curves.ipynb #3a582174
 def _draw_curve(ax, curve: _Curve, band: float, **look) -> None:
     "The mean of a curve as a line; over several seeds with a band from the lowest to the highest."
     if len(curve.values) == 1: ax.plot(curve.xs, curve.mean, **look)
@@ -165,7 +165,7 @@ def _draw_earlier(ax, index: int, name: str, parts: dict[str, _Curve]) -> None:
     ax.plot(curve.xs, curve.mean, color=QUIET, alpha=0.6, linewidth=1.2, linestyle=dash,
             label=f"{name} {curve.final}", zorder=1.5)
 
-# %% ../../nbs/visualizers/curves.ipynb #8341e362
+# %% ../../nbs/visualizers/curves.ipynb #3741caed
 def _frame(ax, curves: list[_Curve], baselines: dict, log_scale: bool) -> None:
     "Limits of the vertical axis, and the baselines as dashed lines with their names at the right."
     lows, highs = [c.values.min() for c in curves], [c.values.max() for c in curves]
@@ -194,7 +194,7 @@ def _frame(ax, curves: list[_Curve], baselines: dict, log_scale: bool) -> None:
                     xycoords=("axes fraction", "data"), textcoords="axes fraction", fontsize=8,
                     color=QUIET, va="center", annotation_clip=False)
 
-# %% ../../nbs/visualizers/curves.ipynb #ef38d995
+# %% ../../nbs/visualizers/curves.ipynb #d11fe98d
 def _hover(ax, label: str, curves: dict[str, _Curve]) -> None:
     """Every curve's value under the mouse, at the places of the held-out points and, between
     them, of the training's."""
@@ -224,6 +224,7 @@ def _name_axes(ax, label: str, metric: str, title: str | None) -> None:
     words = METRICS[metric][0] if metric in METRICS else metric.replace("_", " ")
     ax.set_ylabel(words, fontsize=10)
     ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+    ax.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
     if title: ax.set_title(title, fontsize=11, loc="left")
 
 
@@ -334,7 +335,7 @@ def _compare_baselines(ax, rows: int, baselines: dict) -> None:
                     textcoords="offset points", fontsize=8, color=QUIET, rotation=30, ha="left",
                     va="bottom", rotation_mode="anchor")
 
-# %% ../../nbs/visualizers/curves.ipynb #78adf41a
+# %% ../../nbs/visualizers/curves.ipynb #acd2a07f
 def plot_comparison(table, metrics=("bits_per_byte", "accuracy", "top5_accuracy"),
                     baselines: dict[str, float] | None = None, title: str | None = None,
                     row_height: float = 0.34, style: str = "light") -> Figure:
@@ -405,7 +406,7 @@ def _draw_seeds(ax, ranked: list[np.ndarray]) -> None:
                                jitter=False, size=5.5, color="#FFFFFF", edgecolor="#000000",
                                linewidth=0.9, zorder=4)
 
-# %% ../../nbs/visualizers/curves.ipynb #088ebf68
+# %% ../../nbs/visualizers/curves.ipynb #43162e63
 def _draw_variant(ax, y: int, row: tuple, base: float, is_reference: bool) -> None:
     "Mean, error bar and difference of one variant."
     seeds, mean, std = row
@@ -417,7 +418,7 @@ def _draw_variant(ax, y: int, row: tuple, base: float, is_reference: bool) -> No
     ax.annotate(note, (max([mean + std, *seeds]), y), xytext=(8, 0), textcoords="offset points",
                 va="center", fontsize=8.5)
 
-# %% ../../nbs/visualizers/curves.ipynb #167f5857
+# %% ../../nbs/visualizers/curves.ipynb #61e3d9a8
 def plot_ablations(results: dict, reference: str | None = None, metric: str = "bits per byte",
                    title: str | None = None, row_height: float = 0.36,
                    style: str = "light") -> Figure:
