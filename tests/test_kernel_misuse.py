@@ -3,6 +3,8 @@
 Each call has a process of its own, and what it is given ends at an unreadable page. It gives the definition's
 numbers or refuses in one line; it refuses what the definition refuses, and takes what is right however it is
 laid out or broadcast."""
+import os
+import subprocess
 import sys
 import warnings
 
@@ -169,10 +171,13 @@ def _warm():
     for source in TERNARY_STEP_C.values(): build.load_c(source, "ternary_step")
 
 
-def kernel_test(examples=50):
-    "Reproducible in CI; with --hypothesis-seed and more examples by the slow test."
+TIMES = int(os.environ.get("KERNEL_MISUSES", "0"))       # the slow test asks for more, and for others
+
+
+def kernel_test(examples=30):
+    "The same examples in every run of CI; `TIMES` as many, and new ones, where that is asked for."
     relaxed = [HealthCheck.too_slow, HealthCheck.data_too_large]
-    how = settings(max_examples=examples, deadline=None, derandomize=True, database=None,
+    how = settings(max_examples=examples * max(1, TIMES), deadline=None, derandomize=not TIMES, database=None,
                    phases=[Phase.generate], suppress_health_check=relaxed)
     return lambda function: how(given(st.data())(function))
 
@@ -277,7 +282,7 @@ def test_quantize_activations(data):
     check(kernel, activations_reference, arguments, made, tolerance=0.02)     # half a step of 1/127, and bfloat16
 
 
-@kernel_test(30)
+@kernel_test(20)
 def test_quantize_weight(data):
     (dtype, backend), (O, D) = seeded(data), sizes(data, 2, 60)
     def kernel(weight):
@@ -412,7 +417,7 @@ def decode_definition(**given):
     return stepped(decode_step_reference, **given)
 
 
-@kernel_test(120)
+@kernel_test(60)
 def test_decode_step(data):
     seeded(data)
     arguments = decode_arguments(data)
@@ -475,7 +480,7 @@ def by_definition(embedding, stage, head, ids, states):
     return ternary_step_reference(ids, embedding, stage, head, states)
 
 
-@kernel_test(100)
+@kernel_test(60)
 def test_ternary_step(data):
     seeded(data)
     model, batch = step_model(data), data.draw(st.integers(1, 4))
@@ -498,3 +503,13 @@ def test_ternary_step(data):
             return step_of(given, given.pop("ids"), kept, step)
         return call
     check(run(by_kernel), run(by_definition), model, made, tolerance=1e-6 if double else 0.1)
+
+
+# ---- more of it, and under the compiler's sanitizers --------------------------------------------
+
+@pytest.mark.slow   # ten times as many, other ones in every run: several minutes
+def test_ten_times_as_many():
+    if TIMES: pytest.skip("this is the longer run itself")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(command, env={**os.environ, "KERNEL_MISUSES": "10"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-6000:]

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from .build import choose_backend, custom_op, load_c, pointer, split_rows
-from .checks import broadcast_to, check_device, check_floating, described
+from .checks import (broadcast_to, check_device, check_floating, check_shape,
+                                       described)
 
 try:
     import triton
@@ -395,7 +396,8 @@ def _checked(f: Tensor, i: Tensor, h0: Tensor | None, reset: Tensor | None) -> t
     if reset is not None:
         if reset.dtype != torch.bool:
             raise ValueError(f"reset is {described(reset)}; it must be boolean")
-        if reset.shape != (batch, length): reset = broadcast_to("reset", reset, (batch, length))
+        check_shape("reset", reset, (None, length), f"(batch, {length})")
+        if reset.shape[0] != batch: reset = broadcast_to("reset", reset, (batch, length))
         check_device("reset", reset, f)
     return h0, reset
 
