@@ -1,4 +1,5 @@
-"""What the tests of misuse stand on: tensors that end at an unreadable page, and a process of its own for each call."""
+"""What the tests of misuse stand on: tensors that end at an unreadable page, and a process of its
+own for each call."""
 import ctypes
 import json
 import mmap
@@ -19,7 +20,8 @@ def span(tensor: torch.Tensor) -> int:
 
 
 def guarded(tensor: torch.Tensor) -> torch.Tensor:
-    "The same numbers in the same layout, in memory of their own that ends where an unreadable page begins."
+    """The same numbers in the same layout, in memory of their own that ends where an unreadable
+    page begins."""
     count = span(tensor)
     if not tensor.is_cpu or not count: return tensor
     size = count * tensor.element_size()
@@ -27,7 +29,8 @@ def guarded(tensor: torch.Tensor) -> torch.Tensor:
     memory = mmap.mmap(-1, readable + PAGE)
     _kept.append(memory)
     start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    if _libc.mprotect(ctypes.c_void_p(start + readable), PAGE, 0): raise OSError(ctypes.get_errno(), "mprotect")
+    if _libc.mprotect(ctypes.c_void_p(start + readable), PAGE, 0):
+        raise OSError(ctypes.get_errno(), "mprotect")
     buffer = (ctypes.c_uint8 * size).from_address(start + readable - size)
     flat = torch.frombuffer(buffer, dtype=tensor.dtype)
     flat.copy_(tensor.detach().as_strided((count,), (1,), tensor.storage_offset()))
@@ -35,7 +38,8 @@ def guarded(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def in_child(function, seconds: int = 30) -> str:
-    "What `function` returns, a string, in a forked process; `died of ...` where that did not come to its end."
+    """What `function` returns, a string, in a forked process; `died of ...` where that did not come
+    to its end."""
     read, write = os.pipe()
     child = os.fork()
     if not child:
@@ -43,7 +47,8 @@ def in_child(function, seconds: int = 30) -> str:
         signal.alarm(seconds)
         os.close(read)
         try: answer = function()
-        except BaseException as error: answer = f"{type(error).__name__} in the test itself: {error}"
+        except BaseException as error:
+            answer = f"{type(error).__name__} in the test itself: {error}"
         os.write(write, json.dumps(str(answer)[:3000]).encode())
         os._exit(0)
     os.close(write)

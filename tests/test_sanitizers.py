@@ -14,10 +14,12 @@ import pytest
 
 # compiles and runs whole test files at a fraction of their speed: several minutes
 pytestmark = [pytest.mark.slow,
-              pytest.mark.skipif(not shutil.which("gcc") or sys.platform != "linux", reason="needs gcc on Linux")]
+              pytest.mark.skipif(not shutil.which("gcc") or sys.platform != "linux",
+                                 reason="needs gcc on Linux")]
 root = Path(__file__).resolve().parent.parent
 # each suite, and how many kernels it builds at least
-LEAST = {"test_kernel_misuse.py": 8, "test_kernels.py": 3, "test_ternary_decode.py": 1, "test_engine.py": 1}
+LEAST = {"test_kernel_misuse.py": 8, "test_kernels.py": 3, "test_ternary_decode.py": 1,
+         "test_engine.py": 1}
 
 
 def found(library: str) -> str:
@@ -44,7 +46,8 @@ def sanitized(tmp_path) -> dict:
 
 
 WRONG = {
-    "heap-buffer-overflow": ("void f(float *x, int64_t n) { x[n] = 1; }", "f(pointer(x), c_int64(x.numel()))"),
+    "heap-buffer-overflow": ("void f(float *x, int64_t n) { x[n] = 1; }",
+                             "f(pointer(x), c_int64(x.numel()))"),
     "signed integer overflow": ("int64_t f(int64_t n) { return n * n; }", "f(c_int64(2**40))"),
     "division by zero": ("int64_t f(int64_t n) { return 1 / n; }", "f(c_int64(0))"),
 }
@@ -53,17 +56,21 @@ WRONG = {
 @pytest.mark.parametrize("report", WRONG)
 def test_a_wrong_function_is_reported(sanitized, report):
     source, call = WRONG[report]
-    code = ("from ctypes import c_int64\nimport torch\nfrom sprout_lab.kernels.build import load_c, pointer\n"
+    code = ("from ctypes import c_int64\nimport torch\nfrom sprout_lab.kernels.build import "
+            "load_c, pointer\n"
             f"x = torch.zeros(5)\nload_c('#include <stdint.h>\\n{source}', 'wrong').{call}\n")
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, env=sanitized, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, env=sanitized,
+                          capture_output=True, text=True)
     assert done.returncode and report in done.stderr
 
 
 @pytest.mark.parametrize("suite", LEAST)
 def test_no_report_from_the_kernels(sanitized, tmp_path, suite):
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"tests/{suite}"]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider",
+               f"tests/{suite}"]
     done = subprocess.run(command, cwd=root, env=sanitized, capture_output=True, text=True)
     told = done.stdout + done.stderr
-    assert done.returncode == 0 and not re.search(r"AddressSanitizer|runtime error", told), told[-6000:]
+    assert done.returncode == 0 and not re.search(r"AddressSanitizer|runtime error",
+                                                  told), told[-6000:]
     # the kernels were built with them, not taken from elsewhere
     assert len((tmp_path / "built").read_text().split()) >= LEAST[suite]

@@ -186,7 +186,8 @@ def _c_forward(f, i, h0, reset):
 
 def _c_backward(f, h, h0, reset, g):
     library, (batch, length, width) = load_c(SCAN_C, "scan"), f.shape
-    df, di, dh0 = torch.empty_like(f), torch.empty_like(f), None if h0 is None else torch.empty_like(h0)
+    df, di, dh0 = (torch.empty_like(f), torch.empty_like(f),
+                   None if h0 is None else torch.empty_like(h0))
     tensors = [pointer(t) for t in (f, h, h0, reset, g, df, di, dh0)]
     large = _int(f.numel() >= _LARGE)
     def rows(start, stop):
