@@ -339,7 +339,7 @@ class _BitLinear(torch.autograd.Function):
         ctx.save_for_backward(flat, gain, codes, scale, rstd, weight_codes, weight_scale)
         ctx.backend, ctx.shape, ctx.dtype = backend, x.shape, dtype
         ctx.dtypes = x.dtype, weight.dtype, norm_weight.dtype
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
