@@ -1912,6 +1912,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                       'sprout_lab/kernels/ternary_decode.py'),
                                                    'sprout_lab.kernels.ternary_decode._linear': ( 'kernels/ternary_decode.html#_linear',
                                                                                                   'sprout_lab/kernels/ternary_decode.py'),
+                                                   'sprout_lab.kernels.ternary_decode._named_tensors': ( 'kernels/ternary_decode.html#_named_tensors',
+                                                                                                         'sprout_lab/kernels/ternary_decode.py'),
                                                    'sprout_lab.kernels.ternary_decode._norm': ( 'kernels/ternary_decode.html#_norm',
                                                                                                 'sprout_lab/kernels/ternary_decode.py'),
                                                    'sprout_lab.kernels.ternary_decode._run': ( 'kernels/ternary_decode.html#_run',
