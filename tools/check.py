@@ -57,6 +57,9 @@ if __name__ == "__main__":
     run("no undefined and no unused names", "ruff", "check", "--quiet", "--select", names,
         "sprout_lab", "tools", "tests", "studies")
     run("a page can be read", sys.executable, "tools/measure.py")
-    run("notebooks", "nbdev-test", "--n-workers", "1", "--skip-folder-re", "^guides$")
-    run("tests", sys.executable, "-m", "pytest", *sys.argv[1:])
+    # a process per core, each with one thread; more than four only crowd each other's memory
+    processes = str(min(os.cpu_count() or 1, 4))
+    run("notebooks", "nbdev-test", "--n-workers", processes, "--skip-folder-re", "^guides$")
+    run("tests", sys.executable, "-m", "pytest", "-n", processes, "--dist", "loadfile",
+        *sys.argv[1:])
     print(f"== all of it in {(time.time() - started) / 60:.1f} minutes", flush=True)
