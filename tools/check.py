@@ -29,10 +29,9 @@ def in_step() -> None:
     print("== notebooks, library and README are in step", flush=True)
     listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=root,
                             capture_output=True, text=True, check=True).stdout.split("\n")
-    files = [f
-             for f in listed if f and (root / f).is_file()
-             and f.startswith(("nbs/", "colab/", "sprout_lab/", "tools/", "settings.ini",
-                               "pyproject.toml", "setup.py", "README.md"))]
+    parts = ("nbs/", "colab/", "sprout_lab/", "tools/", "settings.ini", "pyproject.toml",
+             "setup.py", "README.md")
+    files = [f for f in listed if f.startswith(parts) and (root / f).is_file()]
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
         for f in files:
