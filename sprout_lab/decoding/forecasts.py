@@ -25,7 +25,8 @@ def parse_series(text) -> np.ndarray:
     left = re.sub(r"[\s,;\[\]]+", "", _NUMBER.sub("", text))
     numbers = [float(number) for number in _NUMBER.findall(text)]
     if not left and len(numbers) >= 2 and np.isfinite(numbers).all(): return np.array(numbers)
-    raise ConfigError(f"{text[:60]!r}: is not a series of numbers; two or more with blanks or commas "
+    raise ConfigError(f"{text[:60]!r}: is not a series of numbers; two or more with blanks or "
+                      f"commas "
                       f"between them are needed")
 
 # %% ../../nbs/decoding/forecasts.ipynb #084f68f0
@@ -120,7 +121,8 @@ def plot_forecasts(context, forecasts: dict, truth=None, title: str | None = Non
     start = len(context)
     left.plot(range(start), context, color="gray", linewidth=1, label="context")
     if truth is not None:
-        left.plot(range(start, start + len(truth)), truth, color="black", linewidth=1, label="truth")
+        left.plot(range(start, start + len(truth)), truth, color="black", linewidth=1,
+                  label="truth")
     segment = min([len(context), 64, *map(len, forecasts.values())])
     frequencies = np.fft.rfftfreq(segment)
     right.semilogy(frequencies, power_spectrum(context, segment) + 1e-3, color="gray")

@@ -164,7 +164,8 @@ class WeightedSum:
             totals = [total + weight * value for total, value in zip(totals, values)]
         return totals
 
-def _only(reward, prompt, completion) -> float: return next(score_texts(reward, prompt, [completion]))
+def _only(reward, prompt, completion) -> float:
+    return next(score_texts(reward, prompt, [completion]))
 
 def score_written(reward, prompt, texts, ids, token_logprobs, model):
     "Iterate over the rewards of what a search has just written with `model`."
@@ -180,7 +181,8 @@ def make_reward(written: str, model=None, tokenizer=None):
     """A reward from its name: regex:PATTERN, json, json_schema:FILE, length:N,
     python:module.function, likelihood, spectral or spectral:METRIC. A sum is written with weights,
     `1*json + 0.1*likelihood`, blanks around the plus."""
-    parts = [_weighted(part) for part in re.split(r" \+ (?=(?:[\d.]+\*)?[a-z_]+(?::|$| \+ ))", written)]
+    parts = [_weighted(part)
+             for part in re.split(r" \+ (?=(?:[\d.]+\*)?[a-z_]+(?::|$| \+ ))", written)]
     rewards = [(weight, _named(part, model, tokenizer)) for weight, part in parts]
     return rewards[0][1] if rewards[0][0] == 1 and len(rewards) == 1 else WeightedSum(*rewards)
 

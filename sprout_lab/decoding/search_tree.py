@@ -62,7 +62,8 @@ class Node:
     rollouts: list[Completion] = field(default_factory=list)
     log_probs: torch.Tensor | None = None
     place: tuple = ()
-    draws: int = 0
+    drawn: int = 0   # by its parent
+    draws: int = 0   # made for its children
     total: float = 0.0
     count: int = 0
 
@@ -142,7 +143,7 @@ def expand(node: Node, target: int, mode: str, ends, longest: int, random,
         aims = random.random(missing) * reached[-1]
         for token in np.searchsorted(reached, aims, side="right").tolist():
             _draw(node, min(token, len(reached) - 1), ends, longest)
-    for child in node.children: child.prior = child.draws / node.draws
+    for child in node.children: child.prior = child.drawn / node.draws
 
 # %% ../../nbs/decoding/search_tree.ipynb #8c89fe0f
 def _add_child(node: Node, token: int, prior: float, ends, longest: int) -> Node:
@@ -154,7 +155,7 @@ def _add_child(node: Node, token: int, prior: float, ends, longest: int) -> Node
 
 def _draw(node: Node, token: int, ends, longest: int) -> Node:
     child = node.child(token) or _add_child(node, token, 0.0, ends, longest)
-    child.draws += 1
+    child.drawn += 1
     node.draws += 1
     return child
 
@@ -211,7 +212,8 @@ def tree_frame(root: Node, step: int, name, best: Node | None = None, limit: int
         numbers[id(node)] = len(shown)
         shown.append(node)
         for rank, child in enumerate(node.children):   # ties: in the order they came
-            if child.visits: heapq.heappush(waiting, (-child.visits, len(shown) * 10**6 + rank, child))
+            if child.visits:
+                heapq.heappush(waiting, (-child.visits, len(shown) * 10**6 + rank, child))
     on_path = set() if best is None else {id(node) for node in path_of(best)}
     return {"step": step, "usage": [node.visits for node in shown],
             "tree": [-1 if n.parent is None else numbers[id(n.parent)] for n in shown],
