@@ -25,7 +25,8 @@ setup(
     include_package_data=True,
     install_requires=lines("requirements"),
     extras_require={"dev": lines("dev_requirements"), "wandb": lines("wandb_requirements"),
-                    "sentencepiece": words("sentencepiece_requirements"), "evaluation": lines("evaluation_requirements")},
+                    "sentencepiece": words("sentencepiece_requirements"), "evaluation": lines("evaluation_requirements"),
+                    "serve": words("serve_requirements")},
     entry_points={"console_scripts": lines("console_scripts") + lines("dev_console_scripts"),
                   "nbdev": ["sprout_lab=sprout_lab._modidx:d"]},
 )
