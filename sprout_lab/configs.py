@@ -13,6 +13,7 @@ __all__ = ['MISSING', 'sections', 'ALIASES', 'SWITCHES', 'VALUES', 'ConfigError'
 # %% ../nbs/configs.ipynb #c7c6b345
 import copy
 import difflib
+import functools
 import inspect
 import json
 import math
@@ -542,12 +543,16 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 # %% ../nbs/configs.ipynb #b00c58fd
+@functools.lru_cache(maxsize=1024)   # a panel reads the files of a hundred runs again and again
+def _load_yaml(text: str):
+    loader = _StrictLoader(text)
+    try: return loader.get_single_data()
+    finally: loader.dispose()
+
+
 def _parse_yaml(text: str, path):
     "YAML as plain data, by its safe loader; a key that stands twice is refused."
-    try:
-        loader = _StrictLoader(text)
-        try: return loader.get_single_data()
-        finally: loader.dispose()
+    try: return copy.deepcopy(_load_yaml(text))
     except ConfigError as error: raise ConfigError(f"{path}: {error}") from None
     except yaml.YAMLError as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)

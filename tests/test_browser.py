@@ -329,6 +329,7 @@ def test_4_after_a_restart_the_panel_offers_to_continue(lab, window):
     page.picture("4_offer")
     page.button("Continue").click()
     page.until(lambda: page.state() == "running" and page.step() > last, 30, "the run that goes on")
+    assert "in again" in page.message() or "/again" in page.message()
     page.button("Stop").click()
     page.until_state("stopped")
     page.button("Reset").click()
@@ -441,7 +442,7 @@ def test_8_pictures_follow_a_dark_page(lab, window):
     lab.setting("apputils-extension/themes", {"theme": "JupyterLab Dark"})
     try:
         page = window("dark", LIVE, "compare()",
-                      panel_cell("runs/live-2", max_steps=40) + "\np.attach('runs/live')")
+                      panel_cell("runs/live-2", max_steps=40) + ".attach('runs/live')\np")
         page.run_cell(0)
         page.page.wait_for_selector(".sprout-live", timeout=30_000)
         image = page.page.locator(".jp-RenderedImage img").first
