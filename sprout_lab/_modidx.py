@@ -67,6 +67,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'sprout_lab.configs.ConfigError': ('configs.html#configerror', 'sprout_lab/configs.py'),
                                     'sprout_lab.configs.ConfigError.__init__': ( 'configs.html#configerror.__init__',
                                                                                  'sprout_lab/configs.py'),
+                                    'sprout_lab.configs.ConfigError._render_traceback_': ( 'configs.html#configerror._render_traceback_',
+                                                                                           'sprout_lab/configs.py'),
                                     'sprout_lab.configs.DataConfig': ('configs.html#dataconfig', 'sprout_lab/configs.py'),
                                     'sprout_lab.configs.DataConfig.check': ('configs.html#dataconfig.check', 'sprout_lab/configs.py'),
                                     'sprout_lab.configs.FieldSpec': ('configs.html#fieldspec', 'sprout_lab/configs.py'),

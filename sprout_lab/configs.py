@@ -37,6 +37,10 @@ class ConfigError(Exception):
     def __init__(self, message: str):
         super().__init__(" ".join(str(message).split()))
 
+    def _render_traceback_(self) -> list[str]:
+        # what IPython asks for: the frames between a cell and here say nothing about a mistake
+        return [f"\x1b[31m{type(self).__name__}\x1b[0m: {self}"]
+
 # %% ../nbs/configs.ipynb #ec39e0db
 def nearest(name, known) -> str:
     """A hint such as ", did you mean 'batch_size'?" when one of `known` is close to `name`, else

@@ -330,7 +330,8 @@ def test_no_notebook_carries_the_state_of_its_widgets():
                                                                            f"widget state")
 
 
-ALLOWED = {"Select", "Tab", "Accordion", "BoundedIntText", "Button", "Checkbox", "Combobox", "Dropdown",
+ALLOWED = {"Select", "Tab", "Accordion", "BoundedIntText", "Button", "Checkbox", "Combobox",
+           "Dropdown",
            "FloatLogSlider", "FloatSlider", "GridBox", "HBox", "HTML", "Image", "IntSlider",
            "Layout",
            # in ipywidgets 7.7 and 8.1 alike
@@ -376,3 +377,17 @@ print(p.box._repr_mimebundle_ if hasattr(p.box, "_repr_mimebundle_") else p.box.
                           env={**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{root}"},
                           capture_output=True, text=True, cwd=root)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_mistake_in_a_notebook_is_one_line_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(root))
+    cells = ["from sprout_lab.configs import ConfigError, "
+             "TrainingConfig\nTrainingConfig(learning_rate=-1)",
+             "1 / 0"]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    NotebookClient(notebook, timeout=60, kernel_name="python3",
+                   allow_errors=True).execute(cwd=str(tmp_path))
+    (mine,), (other,) = (cell.outputs for cell in notebook.cells)
+    assert len(mine.traceback) == 1 and "\n" not in mine.traceback[0]
+    assert "learning_rate=-1" in mine.traceback[0] and mine.ename == "ConfigError"
+    assert len(other.traceback) > 1            # a fault of the program is told with its frames
