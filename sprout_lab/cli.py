@@ -120,9 +120,8 @@ def setting_options(specs, aliases: dict[str, str] | None = None) -> list[click.
     for spec in specs:
         if spec.type is bool and f"no_{spec.name}" not in SWITCHES:
             options.append(_hidden_switch(f"no_{spec.name}"))
-    options += [_hidden_switch(switch) for switch,
-                (target, _) in SWITCHES.items() if target in names]
-    return options
+    switches = [switch for switch, (target, _) in SWITCHES.items() if target in names]
+    return options + [_hidden_switch(switch) for switch in switches]
 
 def collect_flags(values: dict, specs, aliases: dict[str, str] | None = None) -> dict:
     """The flags that were given, as names and values for a configuration class; `aliases` are
@@ -214,8 +213,8 @@ class _Families(click.Group):
 def _train_settings(family) -> list:
     "The specs of a run of `family` (or of any, with None), with the defaults that hold unasked."
     from sprout_lab.families import configure, families
-    config_classes = [family.config_class] if family else [f.config_class
-                                                           for f in families.values()]
+    chosen = [family] if family else families.values()
+    config_classes = [each.config_class for each in chosen]
     specs = {}
     for section, cls in [*sections.items(), *(("model", c) for c in config_classes)]:
         for spec in settings_fields(cls, section): specs.setdefault(spec.name, spec)
@@ -311,7 +310,7 @@ def _evaluate_command(model_path, flags, quiet):
     text, as JSON."""
     import sprout_lab.families  # noqa: F401  makes the models known to the Auto classes
     from sprout_lab.evaluation.commands import evaluate_from_options
-    evaluate_from_options(model_path, log=_log(quiet), **flags)
+    evaluate_from_options(model_path, quiet=quiet, log=_log(quiet), **flags)
 
 # %% ../nbs/cli.ipynb #a9e75a72
 _written_as = {"max_new_tokens": "max_tokens", "max_length": "max_tokens"}
@@ -576,8 +575,8 @@ def _runs_show(run, root):
     checkpoints = Run(folder).checkpoints
     for step in Run(folder).steps():
         checkpoint = Run(folder).step_folder(step)
-        names = [n
-                 for n in ("best", "latest") if (checkpoints / n).resolve() == checkpoint.resolve()]
+        names = [name for name in ("best", "latest")
+                 if (checkpoints / name).resolve() == checkpoint.resolve()]
         state = damage(checkpoint) or "whole"
         click.echo(f"{'checkpoint':<20} {checkpoint.name:<12} {human(disk_use(checkpoint)):>9}  "
                    f"{state} {' '.join(names)}")
@@ -618,6 +617,7 @@ def _runs_disk(root):
 def _bench_command(family, peers, only, repeats, output, quiet):
     "Ratios of a family against named peers, side by side in one run, in CPU time."
     from sprout_lab.families import get_family
+    from sprout_lab.progress import without_progress
     entry = get_family(family)
     if entry.benchmark is None:
         raise ConfigError(f"{family}: has no benchmark in its entry of the register")
@@ -628,12 +628,13 @@ def _bench_command(family, peers, only, repeats, output, quiet):
             raise ConfigError(f"peer={peer!r}: NAME=DIR is needed, with one of "
                               f"{', '.join(entry.benchmark.peers) or 'no names'}")
         folders[name] = folder
-    entry.benchmark(entry, peers=folders, only=only, repeats=repeats, output=output, log=click.echo)
+    with without_progress(quiet):
+        entry.benchmark(entry, peers=folders, only=only, repeats=repeats, output=output,
+                        log=click.echo)
 
 # %% ../nbs/cli.ipynb #7221fb65
 NEEDED = ("torch", "transformers", "accelerate", "safetensors", "tokenizers", "tiktoken",
-          "datasets", "pydantic",
-          "click", "numpy", "matplotlib", "seaborn", "tensorboard", "ipywidgets")
+          "datasets", "click", "numpy", "matplotlib", "seaborn", "tqdm", "tensorboard", "ipywidgets")
 OPTIONAL = {"wandb": "W&B logging", "sentencepiece": "SentencePiece tokenizers",
             "lm_eval": "lm_eval tasks",
             "peft": "adapters", "triton": "GPU kernels", "jupyterlab": "notebooks on this machine"}

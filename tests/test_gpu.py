@@ -140,8 +140,10 @@ def test_mistakes_are_one_line(flags, says):
 
 
 def test_make_gpu_takes_the_machines_own_python():
-    shown = subprocess.run(["make", "-n", "gpu", "DEVICE=cpu", "QUICK=1", "PYTHON=mine"],
-                           cwd=root, capture_output=True, text=True, check=True)
+    command = ["make", "--no-print-directory", "-n", "gpu", "DEVICE=cpu", "QUICK=1", "PYTHON=mine"]
+    inherited = {"MAKEFLAGS", "MFLAGS", "MAKELEVEL"}   # `make test` runs this under a make of its own
+    env = {name: value for name, value in os.environ.items() if name not in inherited}
+    shown = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, check=True)
     assert shown.stdout.split()[:5] == ["mine", "tools/gpu.py", "--device", "cpu", "--quick"]
     assert ".venv" not in shown.stdout
 

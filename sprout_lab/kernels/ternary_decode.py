@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .bitlinear import quantize_activations
 from .build import load_c, pointer
-from .checks import Layout, check_floating, check_shape, described
+from .checks import Layout, check_device, check_floating, check_shape, described
 from .normgate import EXP_C
 from .ternary import check_ternary
 
@@ -633,11 +633,21 @@ def _check_stage(s: StepStage, outer: int) -> None:
         check_shape(name, tensor, shape)
     _check_stage(s.inner, width)
 
+def _named_tensors(part, name: str):
+    "The tensors of a stage, through its tuples and lists, with their fields' names."
+    if isinstance(part, Tensor): yield name, part
+    if not isinstance(part, (list, tuple)): return
+    names = getattr(part, "_fields", [name] * len(part))
+    for inner_name, inner in zip(names, part): yield from _named_tensors(inner, inner_name)
+
 def _check_model(embedding: Tensor, stage: StepStage, head: Tensor) -> None:
     check_floating(embedding=embedding, head=head)
     check_shape("embedding", embedding, (None, None), "(vocabulary, width)")
     check_shape("head", head, (None, embedding.shape[1]), f"(vocabulary, {embedding.shape[1]})")
     if not embedding.numel(): raise ValueError(f"embedding is {described(embedding)}; it is empty")
+    for name, tensor in _named_tensors((head, stage), "head"):
+        check_device(name, tensor, embedding)
+        if name != "codes": check_floating(**{name: tensor})
     check_shape("norm", stage.norm, tuple(embedding.shape[1:]))
     _check_stage(stage, embedding.shape[1])
 
