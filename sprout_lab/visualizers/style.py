@@ -179,7 +179,8 @@ _PAPER = ("var(--jp-layout-color0,var(--vscode-editor-background,"
           "var(--colab-primary-surface-color,var(--md-default-bg-color,Canvas))))")
 _HOVER_RULES = ("<style>.sprout-hover g{visibility:hidden;pointer-events:none}"
                 ".sprout-hover:hover g{visibility:visible}"
-                f".sprout-hover text{{paint-order:stroke;stroke:{_PAPER};stroke-width:4px}}</style>")
+                f".sprout-hover "
+                f"text{{paint-order:stroke;stroke:{_PAPER};stroke-width:4px}}</style>")
 
 def _page_svg(figure: Figure) -> str:
     "A figure as inline SVG in the style `page`."
