@@ -205,6 +205,7 @@ def result_table(summary: dict, objective: str) -> list[dict]:
                      "FLOPs": _scaled(np.mean(r["flops"]))})
     return rows
 
+# %% ../../nbs/laboratory/report.ipynb #3bd80db8
 def cost_table(summary: dict, objective: str) -> list[dict]:
     "Sizes and speeds of an objective's contestants, in the order of the results."
     clocks = {m["name"]: m for m in summary["measured"]}
