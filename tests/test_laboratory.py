@@ -13,6 +13,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from sprout_lab.cli import main
 from sprout_lab.configs import ConfigError
 from sprout_lab.families import families
 from sprout_lab.laboratory.comparison import (
@@ -201,7 +202,9 @@ def test_a_sweep_killed_in_the_middle_goes_on(tmp_path):
     assert sorted(scores[0]) == sorted(scores[1])
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_sweep(tmp_path):
+    "Slow: three starts of Python and torch."
     done = sprout_lab(*SWEEP, "--trials", 5, "--processes", 2, "--output_dir", tmp_path, "--quiet")
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "results.json").read_text())
@@ -244,12 +247,15 @@ def test_a_prediction_stands_before_it_is_checked(tmp_path):
     assert predict(config) == told and rows[0]["predicted"] == told["sprout"]["loss"]
 
 
-def test_a_worse_result_fails_the_records(tmp_path):
+def test_a_worse_result_fails_the_records(tmp_path, capsys):
     new = {"plan": {"size": "nano", "dataset": "x"}, "results": [
         {"name": "slm", "mean": 2.5, "spread": 0.01, "scores": [2.49, 2.51]}]}
     (tmp_path / "studies").mkdir()
     (tmp_path / "studies" / "a.json").write_text(json.dumps(new))
     new["results"][0] |= {"mean": 2.6, "scores": [2.59, 2.61]}
     (tmp_path / "new.json").write_text(json.dumps(new))
-    done = sprout_lab("records", tmp_path / "new.json", "--studies", tmp_path / "studies")
-    assert done.returncode == 2 and "is worse than the recorded 2.5000" in done.stdout
+    with pytest.raises(SystemExit) as ended:
+        main(["records", str(tmp_path / "new.json"), "--studies", str(tmp_path / "studies")])
+    shown = capsys.readouterr()
+    assert ended.value.code == 2 and "is worse than the recorded 2.5000" in shown.out
+    assert len(shown.err.strip().splitlines()) == 1
