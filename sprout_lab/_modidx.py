@@ -2445,6 +2445,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                             'sprout_lab/laboratory/report.py'),
                                               'sprout_lab.laboratory.report._told': ( 'laboratory/report.html#_told',
                                                                                       'sprout_lab/laboratory/report.py'),
+                                              'sprout_lab.laboratory.report.budget_words': ( 'laboratory/report.html#budget_words',
+                                                                                             'sprout_lab/laboratory/report.py'),
                                               'sprout_lab.laboratory.report.cautions': ( 'laboratory/report.html#cautions',
                                                                                          'sprout_lab/laboratory/report.py'),
                                               'sprout_lab.laboratory.report.cost_table': ( 'laboratory/report.html#cost_table',
