@@ -22,7 +22,8 @@ def families_table() -> str:
     from sprout_lab.families import families
     at = "https://colab.research.google.com"
     badge = f"[![Colab]({at}/assets/colab-badge.svg)]({at}/github/{{user}}/{{repo}}/blob/{{branch}}"
-    rows = ["| | family | guide | how it is built | Colab |", "|---|---|---|---|---|"]
+    site = "https://{user}.github.io/{repo}/guides"
+    rows = ["| | family | guide | how it is built | docs | Colab |", "|---|---|---|---|---|---|"]
     for name, family in families.items():
         pictures = [f"images/{name}{kind}" for kind in (".gif", ".png")]
         shown = next((p for p in pictures if (root / "nbs" / p).exists()), None)
@@ -31,7 +32,8 @@ def families_table() -> str:
         guide, model = (f"[{word}]({page})" if (root / "nbs" / page).exists() else ""
                         for word, page in pages.items())
         colab = f"{badge}/colab/{name}.ipynb)" if (root / f"colab/{name}.ipynb").exists() else ""
-        cells = [picture, f"**{family.title}**: {family.summary}", guide, model, colab]
+        docs = f"[docs]({site}/{name}.html)" if guide else ""
+        cells = [picture, f"**{family.title}**: {family.summary}", guide, model, docs, colab]
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
 
