@@ -24,7 +24,8 @@ def _unknown_flag(error: click.NoSuchOption) -> str:
     params = error.ctx.command.get_params(error.ctx) if error.ctx else []
     known = [flag.lstrip("-").replace("-", "_") for param in params for flag in param.opts]
     command = error.ctx.command_path if error.ctx else "sprout-lab"
-    return f"{error.option_name}: {command} has no such flag{nearest(error.option_name.lstrip('-'), known)}"
+    return (f"{error.option_name}: {command} has no such "
+            f"flag{nearest(error.option_name.lstrip('-'), known)}")
 
 def _one_line(error: click.ClickException) -> str:
     if isinstance(error, click.NoSuchOption): return _unknown_flag(error)
@@ -102,7 +103,8 @@ class Setting(click.Option):
         return ", ".join(f"{sign} {number(value)}" for sign, value in signs if value is not None)
 
     def get_help_record(self, ctx):
-        name = f"--[no_]{self.spec.name}" if self.spec.type is bool else f"--{self.spec.name} {self.word(self.spec)}"
+        name = (f"--[no_]{self.spec.name}" if self.spec.type is bool
+                else f"--{self.spec.name} {self.word(self.spec)}")
         return name, self.help
 
 # %% ../nbs/cli.ipynb #83570f45
@@ -260,7 +262,8 @@ def train_command(family) -> click.Command:
         if dry_run: click.echo(settings.describe())
         else: _train(settings, quiet)
     run.hidden = ("model_config",)
-    summary = f"Train {family.title}. {family.summary}" if family else "Train what a configuration file says."
+    summary = (f"Train {family.title}. {family.summary}" if family
+               else "Train what a configuration file says.")
     return Drawn(family.name if family else "train", params=_train_options(family), callback=run,
                  help=summary,
                  settings=lambda: _train_settings(family), context_settings=cli.context_settings)
@@ -604,6 +607,26 @@ def _runs_disk(root):
     for f in found: click.echo(f"{human(f['disk_bytes']):>10}  {f['folder']}")
     click.echo(f"{human(sum(f['disk_bytes'] for f in found)):>10}  in all")
 
+# %% ../nbs/cli.ipynb #3d4d6f7a
+def _serving(module: str, name: str):
+    "A name of the serving room; a `ConfigError` where its packages are missing."
+    from importlib import import_module
+    try: return getattr(import_module(f"sprout_lab.serving.{module}"), name)
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("sprout_lab"): raise
+        raise ConfigError(f"the package {error.name} is not installed, and serving needs it; "
+                          "`pip install \"sprout-lab[serve]\"` installs it") from None
+
+def _serve_settings() -> list: return settings_fields(_serving("registry", "ServerConfig"))
+
+@cli.command("serve", cls=Drawn, settings=_serve_settings, aliases={})
+@click.argument("paths", metavar="[NAME=]RUN...", nargs=-1, required=True)
+def _serve_command(paths, flags):
+    """Serve runs, checkpoints, Hugging Face folders and ternary exports to OpenAI's clients, with a
+    page for people. On this machine only, unless --host and a key are given."""
+    serve, config = _serving("server", "serve"), _serving("registry", "ServerConfig")
+    serve(paths, config(**flags), log=_to_stderr)
+
 # %% ../nbs/cli.ipynb #826a7fbf
 @cli.command("bench")
 @click.argument("family", default="transformer")
@@ -650,10 +673,12 @@ def _devices():
     import torch
     for index in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(index)
-        yield f"cuda:{index}", f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB, sm_{facts.major}{facts.minor}"
+        (yield f"cuda:{index}",
+         f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB, sm_{facts.major}{facts.minor}")
     other = "Apple GPU (mps)" if torch.backends.mps.is_available() else "CPU"
     if not torch.cuda.is_available(): yield "cuda", f"none: models train on the {other}"
-    yield "threads", f"{torch.get_num_threads()} (OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'unset')})"
+    (yield "threads",
+     f"{torch.get_num_threads()} (OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'unset')})")
 
 # %% ../nbs/cli.ipynb #e02ef1a0
 @cli.command("doctor")
