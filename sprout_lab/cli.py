@@ -24,7 +24,8 @@ def _unknown_flag(error: click.NoSuchOption) -> str:
     params = error.ctx.command.get_params(error.ctx) if error.ctx else []
     known = [flag.lstrip("-").replace("-", "_") for param in params for flag in param.opts]
     command = error.ctx.command_path if error.ctx else "sprout-lab"
-    return f"{error.option_name}: {command} has no such flag{nearest(error.option_name.lstrip('-'), known)}"
+    return (f"{error.option_name}: {command} has no such "
+            f"flag{nearest(error.option_name.lstrip('-'), known)}")
 
 def _one_line(error: click.ClickException) -> str:
     if isinstance(error, click.NoSuchOption): return _unknown_flag(error)
@@ -68,6 +69,7 @@ def cli():
     sprout-lab train transformer              a nano model on Shakespeare, minutes on a CPU
     sprout-lab generate --model_path runs/…   what it writes
     sprout-lab draw runs/…                    what it looks like inside
+    sprout-lab compare                        all families, one budget, one report
     sprout-lab train transformer --help       every setting, with its bounds
     """
 
@@ -102,7 +104,8 @@ class Setting(click.Option):
         return ", ".join(f"{sign} {number(value)}" for sign, value in signs if value is not None)
 
     def get_help_record(self, ctx):
-        name = f"--[no_]{self.spec.name}" if self.spec.type is bool else f"--{self.spec.name} {self.word(self.spec)}"
+        name = (f"--[no_]{self.spec.name}" if self.spec.type is bool
+                else f"--{self.spec.name} {self.word(self.spec)}")
         return name, self.help
 
 # %% ../nbs/cli.ipynb #83570f45
@@ -156,7 +159,8 @@ class Drawn(click.Command):
         return super().get_params(ctx)
 
     def invoke(self, ctx):
-        own = {p.name for p in self.params if not isinstance(p, Setting) and not p.hidden}
+        own = {p.name for p in self.params
+               if not isinstance(p, Setting) and not getattr(p, "hidden", False)}
         own |= {p.name for p in self.params if p.name in getattr(self.callback, "hidden", ())}
         drawn = {name: value for name, value in ctx.params.items() if name not in own}
         ctx.params = {name: value for name, value in ctx.params.items() if name in own}
@@ -259,7 +263,8 @@ def train_command(family) -> click.Command:
         if dry_run: click.echo(settings.describe())
         else: _train(settings, quiet)
     run.hidden = ("model_config",)
-    summary = f"Train {family.title}. {family.summary}" if family else "Train what a configuration file says."
+    summary = (f"Train {family.title}. {family.summary}" if family
+               else "Train what a configuration file says.")
     return Drawn(family.name if family else "train", params=_train_options(family), callback=run,
                  help=summary,
                  settings=lambda: _train_settings(family), context_settings=cli.context_settings)
@@ -632,6 +637,33 @@ def _bench_command(family, peers, only, repeats, output, quiet):
         entry.benchmark(entry, peers=folders, only=only, repeats=repeats, output=output,
                         log=click.echo)
 
+# %% ../nbs/cli.ipynb #53361a96
+def _drawn_except(*left_out):
+    "The specs of `ComparisonConfig` without some settings, which a command takes otherwise."
+    def specs():
+        from sprout_lab.laboratory.comparison import ComparisonConfig
+        return [s for s in settings_fields(ComparisonConfig) if s.name not in left_out]
+    return specs
+
+@cli.command("compare", cls=Drawn, settings=_drawn_except("families"))
+@click.argument("families", metavar="[FAMILY]", nargs=-1)
+@click.option("--no_pictures", is_flag=True, help="Leave the families' own pictures out.")
+@_quiet
+def _compare_command(families, no_pictures, flags, quiet):
+    """Train families under one budget and write a report; all of the register without a name.
+    Interrupted, or asked for one more family, it goes on where it was."""
+    from sprout_lab.laboratory.comparison import Comparison, ComparisonConfig, train_all
+    from sprout_lab.laboratory.report import (
+        cautions, groups, result_table, summarize, table_text, verdict, write_report)
+    comparison = Comparison(ComparisonConfig(families=list(families), **flags), log=_log(quiet))
+    train_all(comparison)
+    summary = summarize(comparison)
+    for objective in groups(comparison):
+        click.echo(f"\n{table_text(result_table(summary, objective))}")
+        click.echo(verdict(summary, objective))
+    if not quiet: click.echo("\n" + "\n".join(f"note: {line}" for line in cautions(summary)[1:-2]))
+    click.echo(f"report: {write_report(comparison, pictures=not no_pictures)}")
+
 # %% ../nbs/cli.ipynb #7221fb65
 NEEDED = ("torch", "transformers", "accelerate", "safetensors", "tokenizers", "tiktoken",
           "datasets", "click", "numpy", "matplotlib", "seaborn", "tqdm", "tensorboard", "ipywidgets")
@@ -651,10 +683,12 @@ def _devices():
     import torch
     for index in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(index)
-        yield f"cuda:{index}", f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB, sm_{facts.major}{facts.minor}"
+        (yield f"cuda:{index}",
+         f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB, sm_{facts.major}{facts.minor}")
     other = "Apple GPU (mps)" if torch.backends.mps.is_available() else "CPU"
     if not torch.cuda.is_available(): yield "cuda", f"none: models train on the {other}"
-    yield "threads", f"{torch.get_num_threads()} (OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'unset')})"
+    (yield "threads",
+     f"{torch.get_num_threads()} (OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'unset')})")
 
 # %% ../nbs/cli.ipynb #e02ef1a0
 @cli.command("doctor")
