@@ -142,7 +142,8 @@ def compare(kernel, definition, arguments: dict, made: dict, tolerance=None,
         values = kernel(**given)
         if with_grad:
             kept = values if isinstance(values, (tuple, list)) else (values,)
-            sum(v.float().sum() for v in kept if v.requires_grad).backward()
+            wanting = [v.float().sum() for v in kept if v.requires_grad]
+            if wanting: sum(wanting).backward()
         return values
     def theirs():
         values = {name: v if name == "ids" else exact(v) for name, v in clones(arguments).items()}
@@ -156,6 +157,8 @@ def compare(kernel, definition, arguments: dict, made: dict, tolerance=None,
                                     _ in made.values()} & {"mistake"} and refused is None:
         return f"what is right was refused: {told}"
     if refusal is not None: return ""
+    # shapes without numbers
+    if str(refused) == "meta" and all(v.is_meta for v in got): return ""
     if refused is not None: return f"taken, where the definition says {refused}"
     if tolerance is None:
         dtypes = {t.dtype for t in (*leaves, *got) if t.is_floating_point()}

@@ -645,7 +645,9 @@ def _check_model(embedding: Tensor, stage: StepStage, head: Tensor) -> None:
     check_shape("embedding", embedding, (None, None), "(vocabulary, width)")
     check_shape("head", head, (None, embedding.shape[1]), f"(vocabulary, {embedding.shape[1]})")
     if not embedding.numel(): raise ValueError(f"embedding is {described(embedding)}; it is empty")
-    for name, tensor in _named_tensors((head, stage), "head"): check_device(name, tensor, embedding)
+    for name, tensor in _named_tensors((head, stage), "head"):
+        check_device(name, tensor, embedding)
+        if name != "codes": check_floating(**{name: tensor})
     check_shape("norm", stage.norm, tuple(embedding.shape[1:]))
     _check_stage(stage, embedding.shape[1])
 
