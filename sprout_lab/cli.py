@@ -69,6 +69,7 @@ def cli():
     sprout-lab train transformer              a nano model on Shakespeare, minutes on a CPU
     sprout-lab generate --model_path runs/…   what it writes
     sprout-lab draw runs/…                    what it looks like inside
+    sprout-lab compare                        all families, one budget, one report
     sprout-lab train transformer --help       every setting, with its bounds
     """
 
@@ -122,9 +123,8 @@ def setting_options(specs, aliases: dict[str, str] | None = None) -> list[click.
     for spec in specs:
         if spec.type is bool and f"no_{spec.name}" not in SWITCHES:
             options.append(_hidden_switch(f"no_{spec.name}"))
-    options += [_hidden_switch(switch) for switch,
-                (target, _) in SWITCHES.items() if target in names]
-    return options
+    switches = [switch for switch, (target, _) in SWITCHES.items() if target in names]
+    return options + [_hidden_switch(switch) for switch in switches]
 
 def collect_flags(values: dict, specs, aliases: dict[str, str] | None = None) -> dict:
     """The flags that were given, as names and values for a configuration class; `aliases` are
@@ -159,7 +159,8 @@ class Drawn(click.Command):
         return super().get_params(ctx)
 
     def invoke(self, ctx):
-        own = {p.name for p in self.params if not isinstance(p, Setting) and not p.hidden}
+        own = {p.name for p in self.params
+               if not isinstance(p, Setting) and not getattr(p, "hidden", False)}
         own |= {p.name for p in self.params if p.name in getattr(self.callback, "hidden", ())}
         drawn = {name: value for name, value in ctx.params.items() if name not in own}
         ctx.params = {name: value for name, value in ctx.params.items() if name in own}
@@ -216,8 +217,8 @@ class _Families(click.Group):
 def _train_settings(family) -> list:
     "The specs of a run of `family` (or of any, with None), with the defaults that hold unasked."
     from sprout_lab.families import configure, families
-    config_classes = [family.config_class] if family else [f.config_class
-                                                           for f in families.values()]
+    chosen = [family] if family else families.values()
+    config_classes = [each.config_class for each in chosen]
     specs = {}
     for section, cls in [*sections.items(), *(("model", c) for c in config_classes)]:
         for spec in settings_fields(cls, section): specs.setdefault(spec.name, spec)
@@ -314,7 +315,7 @@ def _evaluate_command(model_path, flags, quiet):
     text, as JSON."""
     import sprout_lab.families  # noqa: F401  makes the models known to the Auto classes
     from sprout_lab.evaluation.commands import evaluate_from_options
-    evaluate_from_options(model_path, log=_log(quiet), **flags)
+    evaluate_from_options(model_path, quiet=quiet, log=_log(quiet), **flags)
 
 # %% ../nbs/cli.ipynb #a9e75a72
 _written_as = {"max_new_tokens": "max_tokens", "max_length": "max_tokens"}
@@ -579,8 +580,8 @@ def _runs_show(run, root):
     checkpoints = Run(folder).checkpoints
     for step in Run(folder).steps():
         checkpoint = Run(folder).step_folder(step)
-        names = [n
-                 for n in ("best", "latest") if (checkpoints / n).resolve() == checkpoint.resolve()]
+        names = [name for name in ("best", "latest")
+                 if (checkpoints / name).resolve() == checkpoint.resolve()]
         state = damage(checkpoint) or "whole"
         click.echo(f"{'checkpoint':<20} {checkpoint.name:<12} {human(disk_use(checkpoint)):>9}  "
                    f"{state} {' '.join(names)}")
@@ -641,6 +642,7 @@ def _serve_command(paths, flags):
 def _bench_command(family, peers, only, repeats, output, quiet):
     "Ratios of a family against named peers, side by side in one run, in CPU time."
     from sprout_lab.families import get_family
+    from sprout_lab.progress import without_progress
     entry = get_family(family)
     if entry.benchmark is None:
         raise ConfigError(f"{family}: has no benchmark in its entry of the register")
@@ -651,12 +653,40 @@ def _bench_command(family, peers, only, repeats, output, quiet):
             raise ConfigError(f"peer={peer!r}: NAME=DIR is needed, with one of "
                               f"{', '.join(entry.benchmark.peers) or 'no names'}")
         folders[name] = folder
-    entry.benchmark(entry, peers=folders, only=only, repeats=repeats, output=output, log=click.echo)
+    with without_progress(quiet):
+        entry.benchmark(entry, peers=folders, only=only, repeats=repeats, output=output,
+                        log=click.echo)
+
+# %% ../nbs/cli.ipynb #53361a96
+def _drawn_except(*left_out):
+    "The specs of `ComparisonConfig` without some settings, which a command takes otherwise."
+    def specs():
+        from sprout_lab.laboratory.comparison import ComparisonConfig
+        return [s for s in settings_fields(ComparisonConfig) if s.name not in left_out]
+    return specs
+
+@cli.command("compare", cls=Drawn, settings=_drawn_except("families"))
+@click.argument("families", metavar="[FAMILY]", nargs=-1)
+@click.option("--no_pictures", is_flag=True, help="Leave the families' own pictures out.")
+@_quiet
+def _compare_command(families, no_pictures, flags, quiet):
+    """Train families under one budget and write a report; all of the register without a name.
+    Interrupted, or asked for one more family, it goes on where it was."""
+    from sprout_lab.laboratory.comparison import Comparison, ComparisonConfig, train_all
+    from sprout_lab.laboratory.report import (
+        cautions, groups, result_table, summarize, table_text, verdict, write_report)
+    comparison = Comparison(ComparisonConfig(families=list(families), **flags), log=_log(quiet))
+    train_all(comparison)
+    summary = summarize(comparison)
+    for objective in groups(comparison):
+        click.echo(f"\n{table_text(result_table(summary, objective))}")
+        click.echo(verdict(summary, objective))
+    if not quiet: click.echo("\n" + "\n".join(f"note: {line}" for line in cautions(summary)[1:-2]))
+    click.echo(f"report: {write_report(comparison, pictures=not no_pictures)}")
 
 # %% ../nbs/cli.ipynb #7221fb65
 NEEDED = ("torch", "transformers", "accelerate", "safetensors", "tokenizers", "tiktoken",
-          "datasets", "pydantic",
-          "click", "numpy", "matplotlib", "seaborn", "tensorboard", "ipywidgets")
+          "datasets", "click", "numpy", "matplotlib", "seaborn", "tqdm", "tensorboard", "ipywidgets")
 OPTIONAL = {"wandb": "W&B logging", "sentencepiece": "SentencePiece tokenizers",
             "lm_eval": "lm_eval tasks",
             "peft": "adapters", "triton": "GPU kernels", "jupyterlab": "notebooks on this machine"}
