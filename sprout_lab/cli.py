@@ -614,6 +614,26 @@ def _runs_disk(root):
     for f in found: click.echo(f"{human(f['disk_bytes']):>10}  {f['folder']}")
     click.echo(f"{human(sum(f['disk_bytes'] for f in found)):>10}  in all")
 
+# %% ../nbs/cli.ipynb #3d4d6f7a
+def _serving(module: str, name: str):
+    "A name of the serving room; a `ConfigError` where its packages are missing."
+    from importlib import import_module
+    try: return getattr(import_module(f"sprout_lab.serving.{module}"), name)
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("sprout_lab"): raise
+        raise ConfigError(f"the package {error.name} is not installed, and serving needs it; "
+                          "`pip install \"sprout-lab[serve]\"` installs it") from None
+
+def _serve_settings() -> list: return settings_fields(_serving("registry", "ServerConfig"))
+
+@cli.command("serve", cls=Drawn, settings=_serve_settings, aliases={})
+@click.argument("paths", metavar="[NAME=]RUN...", nargs=-1, required=True)
+def _serve_command(paths, flags):
+    """Serve runs, checkpoints, Hugging Face folders and ternary exports to OpenAI's clients, with a
+    page for people. On this machine only, unless --host and a key are given."""
+    serve, config = _serving("server", "serve"), _serving("registry", "ServerConfig")
+    serve(paths, config(**flags), log=_to_stderr)
+
 # %% ../nbs/cli.ipynb #826a7fbf
 @cli.command("bench")
 @click.argument("family", default="transformer")
