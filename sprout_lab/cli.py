@@ -9,6 +9,7 @@ __all__ = ['TALK_COMMANDS', 'NEEDED', 'OPTIONAL', 'main', 'cli', 'Setting', 'set
 # %% ../nbs/cli.ipynb #75a3abc3
 import json
 import os
+import re
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
@@ -24,7 +25,8 @@ def _unknown_flag(error: click.NoSuchOption) -> str:
     params = error.ctx.command.get_params(error.ctx) if error.ctx else []
     known = [flag.lstrip("-").replace("-", "_") for param in params for flag in param.opts]
     command = error.ctx.command_path if error.ctx else "sprout-lab"
-    return f"{error.option_name}: {command} has no such flag{nearest(error.option_name.lstrip('-'), known)}"
+    return (f"{error.option_name}: {command} has no such "
+            f"flag{nearest(error.option_name.lstrip('-'), known)}")
 
 def _one_line(error: click.ClickException) -> str:
     if isinstance(error, click.NoSuchOption): return _unknown_flag(error)
@@ -68,6 +70,7 @@ def cli():
     sprout-lab train transformer              a nano model on Shakespeare, minutes on a CPU
     sprout-lab generate --model_path runs/…   what it writes
     sprout-lab draw runs/…                    what it looks like inside
+    sprout-lab compare                        all families, one budget, one report
     sprout-lab train transformer --help       every setting, with its bounds
     """
 
@@ -102,7 +105,8 @@ class Setting(click.Option):
         return ", ".join(f"{sign} {number(value)}" for sign, value in signs if value is not None)
 
     def get_help_record(self, ctx):
-        name = f"--[no_]{self.spec.name}" if self.spec.type is bool else f"--{self.spec.name} {self.word(self.spec)}"
+        name = (f"--[no_]{self.spec.name}" if self.spec.type is bool
+                else f"--{self.spec.name} {self.word(self.spec)}")
         return name, self.help
 
 # %% ../nbs/cli.ipynb #83570f45
@@ -137,8 +141,13 @@ def collect_flags(values: dict, specs, aliases: dict[str, str] | None = None) ->
             flags[name[3:]] = False
         elif name in flags:
             raise ConfigError(f"--{name} is given twice, once as --{written}; keep one")
-        else: flags[name] = list(value) if isinstance(value, tuple) else value
+        else: flags[name] = _values(value) if isinstance(value, tuple) else value
     return flags
+
+def _values(given: tuple[str, ...]):
+    "A list's values: one to a flag, or all its numbers in one, as in --d_model '[256, 384]'."
+    at_once = len(given) == 1 and re.match(r"\[[\d\s\[]", given[0])
+    return given[0] if at_once else list(given)
 
 # %% ../nbs/cli.ipynb #194141ba
 class Drawn(click.Command):
@@ -156,7 +165,8 @@ class Drawn(click.Command):
         return super().get_params(ctx)
 
     def invoke(self, ctx):
-        own = {p.name for p in self.params if not isinstance(p, Setting) and not p.hidden}
+        own = {p.name for p in self.params
+               if not isinstance(p, Setting) and not getattr(p, "hidden", False)}
         own |= {p.name for p in self.params if p.name in getattr(self.callback, "hidden", ())}
         drawn = {name: value for name, value in ctx.params.items() if name not in own}
         ctx.params = {name: value for name, value in ctx.params.items() if name in own}
@@ -259,7 +269,8 @@ def train_command(family) -> click.Command:
         if dry_run: click.echo(settings.describe())
         else: _train(settings, quiet)
     run.hidden = ("model_config",)
-    summary = f"Train {family.title}. {family.summary}" if family else "Train what a configuration file says."
+    summary = (f"Train {family.title}. {family.summary}" if family
+               else "Train what a configuration file says.")
     return Drawn(family.name if family else "train", params=_train_options(family), callback=run,
                  help=summary,
                  settings=lambda: _train_settings(family), context_settings=cli.context_settings)
@@ -603,6 +614,26 @@ def _runs_disk(root):
     for f in found: click.echo(f"{human(f['disk_bytes']):>10}  {f['folder']}")
     click.echo(f"{human(sum(f['disk_bytes'] for f in found)):>10}  in all")
 
+# %% ../nbs/cli.ipynb #3d4d6f7a
+def _serving(module: str, name: str):
+    "A name of the serving room; a `ConfigError` where its packages are missing."
+    from importlib import import_module
+    try: return getattr(import_module(f"sprout_lab.serving.{module}"), name)
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("sprout_lab"): raise
+        raise ConfigError(f"the package {error.name} is not installed, and serving needs it; "
+                          "`pip install \"sprout-lab[serve]\"` installs it") from None
+
+def _serve_settings() -> list: return settings_fields(_serving("registry", "ServerConfig"))
+
+@cli.command("serve", cls=Drawn, settings=_serve_settings, aliases={})
+@click.argument("paths", metavar="[NAME=]RUN...", nargs=-1, required=True)
+def _serve_command(paths, flags):
+    """Serve runs, checkpoints, Hugging Face folders and ternary exports to OpenAI's clients, with a
+    page for people. On this machine only, unless --host and a key are given."""
+    serve, config = _serving("server", "serve"), _serving("registry", "ServerConfig")
+    serve(paths, config(**flags), log=_to_stderr)
+
 # %% ../nbs/cli.ipynb #826a7fbf
 @cli.command("bench")
 @click.argument("family", default="transformer")
@@ -632,6 +663,33 @@ def _bench_command(family, peers, only, repeats, output, quiet):
         entry.benchmark(entry, peers=folders, only=only, repeats=repeats, output=output,
                         log=click.echo)
 
+# %% ../nbs/cli.ipynb #53361a96
+def _drawn_except(*left_out):
+    "The specs of `ComparisonConfig` without some settings, which a command takes otherwise."
+    def specs():
+        from sprout_lab.laboratory.comparison import ComparisonConfig
+        return [s for s in settings_fields(ComparisonConfig) if s.name not in left_out]
+    return specs
+
+@cli.command("compare", cls=Drawn, settings=_drawn_except("families"))
+@click.argument("families", metavar="[FAMILY]", nargs=-1)
+@click.option("--no_pictures", is_flag=True, help="Leave the families' own pictures out.")
+@_quiet
+def _compare_command(families, no_pictures, flags, quiet):
+    """Train families under one budget and write a report; all of the register without a name.
+    Interrupted, or asked for one more family, it goes on where it was."""
+    from sprout_lab.laboratory.comparison import Comparison, ComparisonConfig, train_all
+    from sprout_lab.laboratory.report import (
+        cautions, groups, result_table, summarize, table_text, verdict, write_report)
+    comparison = Comparison(ComparisonConfig(families=list(families), **flags), log=_log(quiet))
+    train_all(comparison)
+    summary = summarize(comparison)
+    for objective in groups(comparison):
+        click.echo(f"\n{table_text(result_table(summary, objective))}")
+        click.echo(verdict(summary, objective))
+    if not quiet: click.echo("\n" + "\n".join(f"note: {line}" for line in cautions(summary)[1:-2]))
+    click.echo(f"report: {write_report(comparison, pictures=not no_pictures)}")
+
 # %% ../nbs/cli.ipynb #7221fb65
 NEEDED = ("torch", "transformers", "accelerate", "safetensors", "tokenizers", "tiktoken",
           "datasets", "click", "numpy", "matplotlib", "seaborn", "tqdm", "tensorboard", "ipywidgets")
@@ -651,10 +709,12 @@ def _devices():
     import torch
     for index in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(index)
-        yield f"cuda:{index}", f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB, sm_{facts.major}{facts.minor}"
+        (yield f"cuda:{index}",
+         f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB, sm_{facts.major}{facts.minor}")
     other = "Apple GPU (mps)" if torch.backends.mps.is_available() else "CPU"
     if not torch.cuda.is_available(): yield "cuda", f"none: models train on the {other}"
-    yield "threads", f"{torch.get_num_threads()} (OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'unset')})"
+    (yield "threads",
+     f"{torch.get_num_threads()} (OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'unset')})")
 
 # %% ../nbs/cli.ipynb #e02ef1a0
 @cli.command("doctor")
@@ -678,6 +738,22 @@ def _doctor_command():
     from sprout_lab.families import broken_plugins, families
     tell("families", ", ".join(families))
     for name, reason in broken_plugins.items(): tell("left out", f"{name}: {reason}")
+
+# %% ../nbs/cli.ipynb #guide-command
+@cli.command("guide")
+@click.argument("name", required=False, metavar="[NAME")
+@click.argument("step", required=False, type=int, metavar="[STEP]]")
+@click.option("--table", is_flag=True, help="Every line of the guide instead, and what runs it.")
+def _guide_command(name, step, table):
+    "Print a training guide's steps in this lab's commands, for copying."
+    from sprout_lab.training_guides import guide_names, guide_steps, guide_table, load_guide
+    if name is None:
+        for known in guide_names():
+            guide = load_guide(known)
+            click.echo(f"{known:<14} {guide.title}: {len(guide.steps)} steps, {guide.lines} lines")
+        return click.echo("sprout-lab guide NAME prints the steps; --table, every line")
+    guide = load_guide(name)
+    click.echo(guide_table(guide) if table else guide_steps(guide, step))
 
 # %% ../nbs/cli.ipynb #bbe3dfd7
 @cli.command("completion")
