@@ -9,6 +9,7 @@ __all__ = ['TALK_COMMANDS', 'NEEDED', 'OPTIONAL', 'main', 'cli', 'Setting', 'set
 # %% ../nbs/cli.ipynb #75a3abc3
 import json
 import os
+import re
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
@@ -140,8 +141,13 @@ def collect_flags(values: dict, specs, aliases: dict[str, str] | None = None) ->
             flags[name[3:]] = False
         elif name in flags:
             raise ConfigError(f"--{name} is given twice, once as --{written}; keep one")
-        else: flags[name] = list(value) if isinstance(value, tuple) else value
+        else: flags[name] = _values(value) if isinstance(value, tuple) else value
     return flags
+
+def _values(given: tuple[str, ...]):
+    "A list's values: one to a flag, or all its numbers in one, as in --d_model '[256, 384]'."
+    at_once = len(given) == 1 and re.match(r"\[[\d\s\[]", given[0])
+    return given[0] if at_once else list(given)
 
 # %% ../nbs/cli.ipynb #194141ba
 class Drawn(click.Command):
@@ -608,6 +614,26 @@ def _runs_disk(root):
     for f in found: click.echo(f"{human(f['disk_bytes']):>10}  {f['folder']}")
     click.echo(f"{human(sum(f['disk_bytes'] for f in found)):>10}  in all")
 
+# %% ../nbs/cli.ipynb #3d4d6f7a
+def _serving(module: str, name: str):
+    "A name of the serving room; a `ConfigError` where its packages are missing."
+    from importlib import import_module
+    try: return getattr(import_module(f"sprout_lab.serving.{module}"), name)
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("sprout_lab"): raise
+        raise ConfigError(f"the package {error.name} is not installed, and serving needs it; "
+                          "`pip install \"sprout-lab[serve]\"` installs it") from None
+
+def _serve_settings() -> list: return settings_fields(_serving("registry", "ServerConfig"))
+
+@cli.command("serve", cls=Drawn, settings=_serve_settings, aliases={})
+@click.argument("paths", metavar="[NAME=]RUN...", nargs=-1, required=True)
+def _serve_command(paths, flags):
+    """Serve runs, checkpoints, Hugging Face folders and ternary exports to OpenAI's clients, with a
+    page for people. On this machine only, unless --host and a key are given."""
+    serve, config = _serving("server", "serve"), _serving("registry", "ServerConfig")
+    serve(paths, config(**flags), log=_to_stderr)
+
 # %% ../nbs/cli.ipynb #826a7fbf
 @cli.command("bench")
 @click.argument("family", default="transformer")
@@ -712,6 +738,22 @@ def _doctor_command():
     from sprout_lab.families import broken_plugins, families
     tell("families", ", ".join(families))
     for name, reason in broken_plugins.items(): tell("left out", f"{name}: {reason}")
+
+# %% ../nbs/cli.ipynb #guide-command
+@cli.command("guide")
+@click.argument("name", required=False, metavar="[NAME")
+@click.argument("step", required=False, type=int, metavar="[STEP]]")
+@click.option("--table", is_flag=True, help="Every line of the guide instead, and what runs it.")
+def _guide_command(name, step, table):
+    "Print a training guide's steps in this lab's commands, for copying."
+    from sprout_lab.training_guides import guide_names, guide_steps, guide_table, load_guide
+    if name is None:
+        for known in guide_names():
+            guide = load_guide(known)
+            click.echo(f"{known:<14} {guide.title}: {len(guide.steps)} steps, {guide.lines} lines")
+        return click.echo("sprout-lab guide NAME prints the steps; --table, every line")
+    guide = load_guide(name)
+    click.echo(guide_table(guide) if table else guide_steps(guide, step))
 
 # %% ../nbs/cli.ipynb #bbe3dfd7
 @cli.command("completion")
