@@ -331,8 +331,8 @@ def load_model(path, log=print, objective: str | None = None):
 def family_of(model) -> Family:
     "The family that a model belongs to, by its configuration."
     named = getattr(getattr(model, "config", None), "model_type", None)
-    owner = next((family
-                  for family in families.values() if family.config_class.model_type == named), None)
+    owner = next((family for family in families.values()
+                  if family.config_class.model_type == named), None)
     if owner is None:
         raise ConfigError(f"{type(model).__name__}: belongs to no family of the register "
                           f"({', '.join(families)})")

@@ -7,8 +7,10 @@ __all__ = ['ADAPTER', 'ATTENTION', 'TrainerState', 'write_checkpoint', 'reading'
            'load_adapted', 'read_state', 'read_checkpoint', 'check_config', 'load_pretrained']
 
 # %% ../../nbs/trainers/checkpoints.ipynb #fff64d83
+import copy
 import json
 import numbers
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -16,6 +18,7 @@ from typing import Annotated
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoConfig
 from transformers.utils import logging as transformers_logging
 
@@ -174,17 +177,55 @@ def check_config(folder) -> None:
             raise ConfigError(f"{folder}: {name}={kernel!r:.80}: choose from {known}; "
                               "no code is ever fetched")
 
-def _check_vocabulary(folder, config) -> None:
-    """Refuse a vocabulary that no weight has before room for it is made: a wrong number may ask for
-    all."""
-    path, size = Path(folder) / "model.safetensors", getattr(config, "vocab_size", None)
-    if size is None or not path.is_file(): return
-    with safe_open(path, "pt") as file:
-        shapes = [file.get_slice(name).get_shape() for name in file.keys()]
-    if size in [shape[0] for shape in shapes if shape]: return
-    raise ConfigError(f"{folder}: its weights do not fit its configuration (none has "
-                      f"vocab_size={size} rows); copy a whole checkpoint back")
+# %% ../../nbs/trainers/checkpoints.ipynb #54b18c35
+@contextmanager
+def _at_most_parameters(most: int):
+    "A `ConfigError` as soon as this thread's models have more than `most` parameters."
+    thread, made = threading.get_ident(), 0
+    def count(module, name, parameter):
+        nonlocal made
+        if threading.get_ident() != thread: return
+        made += 1
+        if made > most:
+            raise ConfigError(f"it has more layers than the weights, {most} tensors at most")
+    hook = register_module_parameter_registration_hook(count)
+    try: yield
+    finally: hook.remove()
 
+def _header(folder) -> dict[str, list[int]]:
+    "Names and shapes in the files of a folder's weights, which are not read."
+    shapes = {}
+    for path in sorted(Path(folder).glob("model*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in file.keys(): shapes[name] = file.get_slice(name).get_shape()
+    return shapes
+
+_MOST_TABLES = 2**32      # bytes that a model may hold beside its weights: tables of positions
+
+def _check_shapes(folder, config, auto) -> None:
+    "Refuse a configuration that its weights do not have, before room for it is made."
+    header = _header(folder)
+    if not header: return
+    wrong = f"{folder}: its weights do not fit its configuration"
+    try:
+        # tied weights and layers of one's own may be missing from the file: twice as many are too
+        # many
+        with _at_most_parameters(2 * len(header) + 64), torch.device("meta"):
+            model = auto.from_config(copy.deepcopy(config), trust_remote_code=False)
+    except ConfigError as error:
+        raise ConfigError(f"{wrong} ({error}); copy a whole checkpoint back") from None
+    state = model.state_dict()
+    for name, tensor in state.items():
+        if name in header and list(tensor.shape) != list(header[name]):
+            raise ConfigError(f"{wrong} ({name} is {tuple(header[name])} in the file, "
+                              f"{tuple(tensor.shape)} by "
+                              "config.json); copy a whole checkpoint back")
+    tables = sum(buffer.nbytes for name, buffer in model.named_buffers() if name not in state)
+    if tables > _MOST_TABLES:
+        raise ConfigError(f"{wrong} (tables of {tables / 2**30:.0f} GiB); copy a whole checkpoint "
+                          f"back")
+
+# %% ../../nbs/trainers/checkpoints.ipynb #db72e99a
 def _misfits(loaded: dict) -> list[str]:
     "Names of weights that are missing or do not fit, from what `from_pretrained` tells."
     mismatched = [key[0] if isinstance(key, tuple) else key for key in loaded["mismatched_keys"]]
@@ -216,8 +257,8 @@ def load_pretrained(folder, auto=None):
             problem = str(error).removeprefix(f"{folder}: ")
             raise ConfigError(f"{folder}: {what} ({problem})") from None
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        _check_vocabulary(folder, config)
         if auto is None: auto = auto_class_of(config)
+        _check_shapes(folder, config, auto)
         model, loaded = auto.from_pretrained(folder, **options)
     lost = _misfits(loaded)
     if not lost: return model.eval()
