@@ -521,6 +521,68 @@ def _export_command(run, output, llama, ternary):
     form = "a Llama" if llama else "the model, ternary" if ternary else "the model"
     click.echo(f"{folder}: {form}, {_parameters(model)}")
 
+# %% ../nbs/cli.ipynb #a122272e
+@cli.command("upcycle")
+@click.argument("run", metavar="RUN|FOLDER|GGUF")
+@click.option("--num_thoughts", type=click.IntRange(1), default=8, show_default=True,
+              help="Thought branches of a layer, each a copy of the network that is there.")
+@click.option("--thoughts_per_token", type=click.IntRange(1), default=2, show_default=True,
+              help="Branches that think about a token.")
+@click.option("--tokenizer", metavar="FILE|DIR|NAME", help="Where the model brings none.")
+@click.option("--dataset", "--dataset_name", "dataset", metavar="NAME",
+              help="What it is trained and evaluated on from here [what RUN was].")
+@click.option("--output", "--output_dir", "output", metavar="DIR",
+              help="Where the new run goes [runs/NAME].")
+def _upcycle_command(run, num_thoughts, thoughts_per_token, tokenizer, dataset, output):
+    "Give a Transformer (also a Llama or GPT-2) thoughts; its logits stay, as a run at step 0."
+    import sprout_lab.families  # noqa: F401  makes the models known to the Auto classes
+    from sprout_lab.runs import new_run_folder
+    from sprout_lab.trainers.upcycling import upcycle_run
+    folder = _new_folder(output or new_run_folder(f"mot_{Path(run).stem}"))
+    given = {"dataset_name": dataset} if dataset else {}
+    made = upcycle_run(run, folder, num_thoughts, thoughts_per_token, tokenizer=tokenizer,
+                       log=click.echo, **given)
+    click.echo(f"{made.folder}: go on with sprout-lab train mot --resume_from {made.folder}")
+
+# %% ../nbs/cli.ipynb #1f6b1401
+def _finetune_settings() -> list:
+    from sprout_lab.trainers.adapters import AdapterConfig
+    run = [spec for section, cls in sections.items() for spec in settings_fields(cls, section)]
+    return [*settings_fields(AdapterConfig, "adapter"), *run]
+
+@cli.command("finetune", cls=Drawn, settings=_finetune_settings)
+@click.argument("run", metavar="[RUN|FOLDER|GGUF]", required=False)
+@_quiet
+def _finetune_command(run, flags, quiet):
+    """Teach a trained model something else through an adapter (LoRA). The run that it makes is
+    evaluated, drawn, generated from and exported like any; --resume_from continues it."""
+    from sprout_lab.families import family_of
+    from sprout_lab.trainers.adapters import AdapterConfig, make_finetuner
+    shape = {name: flags.pop(name) for name in list(flags) if name in AdapterConfig.model_fields}
+    trainer = make_finetuner(run, family_of, flags, AdapterConfig(**shape), log=_log(quiet))
+    with trainer.run.lock(): trainer.train()
+    click.echo(f"run: {trainer.run.folder}")
+
+# %% ../nbs/cli.ipynb #fda87e92
+@cli.command("cloud", context_settings={**_context, "ignore_unknown_options": True})
+@click.argument("way", metavar="vertex|vm|colab")
+@click.argument("command", metavar="COMMAND…", nargs=-1, type=click.UNPROCESSED)
+@click.option("--accelerator", default="T4", show_default=True, help="T4, L4, V100, A100, H100.")
+@click.option("--job_name", default="sprout-lab", show_default=True, help="Name of the job.")
+@click.option("--region", default="us-central1", show_default=True, help="Vertex AI's region.")
+@click.option("--source", metavar="URL|NAME",
+              help="What pip installs the lab from there [this package's repository].")
+@click.option("--job_dir", default="cloud", show_default=True, metavar="DIR",
+              help="Folder for the files.")
+def _cloud_command(way, command, accelerator, job_name, region, source, job_dir):
+    """Write the files of a job that runs COMMAND, such as `train mot --train_file gs://…`, on a
+    rented machine, and print the line that starts it. No cloud is called."""
+    from sprout_lab.cloud import CloudJob, package_source, write_job
+    job = CloudJob(tuple(command), source or package_source(), accelerator, job_name, region)
+    files, line = write_job(way, job, job_dir)
+    for file in files: click.echo(f"written: {file}")
+    click.echo(line)
+
 # %% ../nbs/cli.ipynb #2abe49e6
 @cli.command("families")
 def _families_command():
