@@ -4,15 +4,20 @@
 
 # %% auto #0
 __all__ = ['LETTERS', 'text_ids', 'attention', 'kind_of_letter', 'embeddings', 'surprise', 'health', 'memory_half_lives',
-           'ternary_weights', 'chunks', 'tree', 'growth', 'compatibility', 'destinations']
+           'ternary_weights', 'chunks', 'tree', 'growth', 'compatibility', 'destinations', 'series_question', 'answer',
+           'where']
 
 # %% ../nbs/pictures.ipynb #2d047c64
 import random
+from dataclasses import replace
 
 import torch
 
 from .configs import ConfigError
 from .data.corpora import load_corpus
+from .data.questions import load_questions
+from .data.series import sample_from_text
+from .decoding.answers import gradient_attention, occlusion, option_probabilities
 from .evaluation.health import layer_health
 from .evaluation.surprise import text_surprise
 from .models.hgrn import BitLinear, half_lives
@@ -20,6 +25,7 @@ from .visualizers.attention import plot_attention
 from .visualizers.chunks import plot_boundaries, plot_half_lives, plot_ternary_weights
 from .visualizers.embeddings import plot_embeddings
 from .visualizers.health import plot_health
+from .visualizers.series import plot_answer, plot_series
 from .visualizers.style import Figure
 from .visualizers.surprise import plot_surprise
 from .visualizers.tree import plot_compatibility, plot_destinations, plot_growth, plot_tree
@@ -176,3 +182,34 @@ def destinations(model, tokenizer, text: str, length: int = 64, most: int = 24,
         rows.append(pieces)
     path_log = model(input_ids=torch.cat(rows), log_paths=True).path_log
     return plot_destinations(path_log.paths().numpy(), kinds)
+
+# %% ../nbs/pictures.ipynb #f7013666
+def series_question(text: str = ""):
+    "The question of a text with its choices, or the shortest of the carried held-out ones."
+    if "[" not in text:
+        held_out = load_questions("questions")["test"]
+        size = lambda sample: len(sample.time_series[0]) + len(sample.post_prompt)
+        return min(held_out, key=size)
+    sample = sample_from_text(text)
+    words = sample.post_prompt.rpartition(":")[2].partition("?")[0]
+    labels = tuple(word.strip() for word in words.split(",") if word.strip())
+    if len(labels) > 1: return replace(sample, labels=labels)
+    raise ConfigError("the question names no choices; write them after a colon, such as "
+                      "\"Trend: rising, falling, flat? [1, 2, 4, 8]\"")
+
+def answer(model, tokenizer, text: str) -> Figure:
+    "The answer: a question's series beside the probability of each answer."
+    sample = series_question(text)
+    shares = option_probabilities(model, tokenizer, sample)
+    return plot_answer(sample.time_series, sample.time_series_text, shares,
+                       sample.post_prompt.strip(" ."), sample.label)
+
+def where(model, tokenizer, text: str, by: str = "occlusion") -> Figure:
+    "Where it looked: how much the likeliest answer depends on each stretch of a series."
+    sample = series_question(text)
+    shares = option_probabilities(model, tokenizer, sample)
+    best = max(shares, key=shares.get)
+    look = {"occlusion": occlusion, "gradient": gradient_attention}[by]
+    weights = look(model, tokenizer, sample, f"Answer: {best}")
+    return plot_series(sample.time_series, sample.time_series_text, weights,
+                       f"{sample.post_prompt.strip(' .')} {best} ({by})")
