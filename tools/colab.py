@@ -12,6 +12,7 @@ import sys
 from readme import address, root
 
 from sprout_lab.data.corpora import corpora
+from sprout_lab.data.questions import series_sets
 from sprout_lab.families import SIZES, families
 
 TEMPLATE = root / "tools" / "colab_template.ipynb"
@@ -25,6 +26,7 @@ def facts(name: str) -> dict[str, str]:
     pages = [(f"nbs/guides/{name}.ipynb", "The guide"),
              (f"nbs/models/{name}.ipynb", "The model, built piece by piece")]
     links = [f"- {title}: [{page}]({at}/{page})" for page, title in pages if (root / page).exists()]
+    sets = list(corpora if family.default_data in corpora else series_sets)
     grows = "growth_warmup" in family.config_class.settings.model_fields
     return {
         **where, "name": name, "title": family.title, "summary": family.summary,
@@ -32,8 +34,8 @@ def facts(name: str) -> dict[str, str]:
         "prompt": {"shakespeare": "ROMEO:", "tales": "Once upon a time"}.get(family.default_data,
                                                                              "The "),
         "gpu_size": sizes[min(1, len(sizes) - 1)], "cpu_size": sizes[0],
-        "size_menu": json.dumps(["auto", *sizes]), "corpus_menu": json.dumps(list(corpora)),
-        "corpora": " or ".join(f"`{corpus}`" for corpus in corpora), "links": "\n".join(links),
+        "size_menu": json.dumps(["auto", *sizes]), "corpus_menu": json.dumps(sets),
+        "corpora": " or ".join(f"`{corpus}`" for corpus in sets), "links": "\n".join(links),
         "quick": ',\n                 "growth_warmup": 8, "growth_interval": 8' if grows else ""}
 
 

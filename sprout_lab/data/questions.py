@@ -198,7 +198,8 @@ _PLACES = {"trend": "series is ", "peak": "peak is in the ", "low": "low in the 
            "end": "It ends "}
 
 def read_caption(text: str) -> dict[str, str]:
-    "The facts that a caption states, as far as it does, in its words or others of `CAPTION_LABELS`."
+    """The facts that a caption states, as far as it does, in its words or others of
+    `CAPTION_LABELS`."""
     found = {}
     for name, before in _PLACES.items():
         _, there, after = text.partition(before)

@@ -119,7 +119,8 @@ def option_probabilities(model, tokenizer, sample: SeriesSample, options=None,
 
 # %% ../../nbs/decoding/answers.ipynb #c687af59
 def gradient_attention(model, tokenizer, sample: SeriesSample, answer: str) -> list:
-    "|gradient × value| of `answer`'s log-probability at each value of each series, `(length,)` each."
+    """|gradient × value| of `answer`'s log-probability at each value of each series, `(length,)`
+    each."""
     row = encoder_of(model, tokenizer).encode(sample)
     series = collate([row])["series"].to(model.device).requires_grad_(True)
     score = option_log_probs(model, tokenizer, sample, [answer], True, series)[0]

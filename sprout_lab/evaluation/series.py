@@ -99,7 +99,8 @@ def crps(draws, future) -> float:
     return float((np.abs(draws - future).mean(0) - apart / 2).mean())
 
 def read_forecast(text: str, sample) -> np.ndarray:
-    "The written numbers, as many as are asked for; the last one is repeated where some are missing."
+    """The written numbers, as many as are asked for; the last one is repeated where some are
+    missing."""
     facts = sample.facts
     read = read_digits(text, facts["mean"], facts["std"], facts["decimals"])
     wanted = len(facts["future"])

@@ -44,7 +44,8 @@ class EncoderLayer(GradientCheckpointingLayer):
         super().__init__()
         self.attention_norm, self.mlp_norm = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attention = MemoryAttention(width, width, heads, width // heads)
-        self.up, self.down = nn.Linear(width, intermediate_size), nn.Linear(intermediate_size, width)
+        self.up, self.down = nn.Linear(width, intermediate_size), nn.Linear(intermediate_size,
+                                                                            width)
 
     def forward(self, x, visible):
         y = self.attention_norm(x)

