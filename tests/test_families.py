@@ -123,7 +123,7 @@ def test_pictures_draw(name):
 @EACH
 def test_killed_and_resumed_is_the_same_run(name, tmp_path):
     flags = {"max_steps": 6, "batch_size": 2, "sequence_length": 32, "eval_interval": 3,
-             "eval_batches": 1, "save_interval": 3,
+             "eval_batches": 1, "final_eval_batches": 1, "save_interval": 3,
              "log_interval": 1, "sample_tokens": 0, "tensorboard": False, "device": "cpu"}
     quiet = lambda line: None
     whole = make_trainer(configure(name, {**flags, "output_dir": str(tmp_path / "whole")}),
