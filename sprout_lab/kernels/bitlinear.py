@@ -306,7 +306,8 @@ def integer_matmul(codes: Tensor, weight_codes: Tensor) -> Tensor:
     if codes.shape[1] == 1:     # torch 2.13 on a CPU misreads a transposed single column
         codes, weight_codes = F.pad(codes, (0, 7)), F.pad(weight_codes, (0, 7))
     if codes.device.type != "cpu": return _int_mm_gpu(codes, weight_codes)
-    w = weight_codes.t()
+    # it misreads rows that share memory
+    codes, w = codes.contiguous(), weight_codes.contiguous().t()
     if codes.shape[0] <= _ROWS: return torch._int_mm(codes, w)
     return torch.cat([torch._int_mm(part, w) for part in codes.split(_ROWS)])
 
@@ -339,7 +340,7 @@ class _BitLinear(torch.autograd.Function):
         ctx.save_for_backward(flat, gain, codes, scale, rstd, weight_codes, weight_scale)
         ctx.backend, ctx.shape, ctx.dtype = backend, x.shape, dtype
         ctx.dtypes = x.dtype, weight.dtype, norm_weight.dtype
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -53,7 +53,8 @@ def broadcast_to(name: str, tensor: Tensor, shape: tuple) -> Tensor:
 
 # %% ../../nbs/kernels/checks.ipynb #51aa0c21
 def _facts(tensor: Tensor) -> tuple:
-    return type(tensor), tensor.dtype, tensor.device, tensor.requires_grad, tensor.shape, tensor.stride()
+    return (type(tensor), tensor.dtype, tensor.device, tensor.requires_grad, tensor.shape,
+            tensor.stride())
 
 def _guard(tensors: list):
     "torch's own guard for such tensors, or none."

@@ -516,6 +516,9 @@ def _checked_cos_sin(cos_sin: tuple | None, x: Tensor, num_heads: int) -> tuple 
     if width // num_heads % 2:
         raise ValueError(f"cos_sin: heads of {width // num_heads} channels have no pairs to rotate")
     check_floating(cos=cos, sin=sin)
+    if not cos.dim() or not sin.dim():
+        raise ValueError(f"cos is {described(cos)}, sin is {described(sin)}; they must be (batch "
+                         f"or 1, {int(half)})")
     check_device("cos", cos, x)
     check_device("sin", sin, x)
     one = all(t.dim() < 2 or t.shape[0] == 1 for t in (cos, sin))

@@ -318,6 +318,7 @@ def swiglu(a: Tensor, b: Tensor) -> Tensor:
     large = torch.is_grad_enabled() and a.numel() > 0 or a.numel() > 10_000
     if large and a.shape == b.shape and a.dtype == b.dtype and _can_run(a, b):
         return _SwiGLUC.apply(a, b)
+    if a.is_complex() or b.is_complex(): _check_pair(a, b)
     try: return swiglu_reference(a, b)
     except RuntimeError:
         _check_pair(a, b)          # torch's refusal in this function's words
@@ -360,6 +361,9 @@ def _checked_tables(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
     *batch, length, _, width = x.shape
     shape = length, width // 2
     if not cos.shape == sin.shape == shape:
+        if not cos.dim() or not sin.dim():
+            raise ValueError(f"cos is {described(cos)}, sin is {described(sin)}; they must be "
+                             f"{shape}")
         cos, sin = (t.squeeze(0) if t.dim() == 3 else t for t in (cos, sin))     # one for all rows
         if cos.dim() > 2 or sin.dim() > 2: shape = *batch, *shape
         cos, sin = broadcast_to("cos", cos, shape), broadcast_to("sin", sin, shape)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from .build import choose_backend, custom_op, load_c, pointer, split_rows
-from .checks import broadcast_to, check_device, check_floating, described
+from .checks import (broadcast_to, check_device, check_floating, check_shape,
+                                       described)
 
 try:
     import triton
@@ -185,7 +186,8 @@ def _c_forward(f, i, h0, reset):
 
 def _c_backward(f, h, h0, reset, g):
     library, (batch, length, width) = load_c(SCAN_C, "scan"), f.shape
-    df, di, dh0 = torch.empty_like(f), torch.empty_like(f), None if h0 is None else torch.empty_like(h0)
+    df, di, dh0 = (torch.empty_like(f), torch.empty_like(f),
+                   None if h0 is None else torch.empty_like(h0))
     tensors = [pointer(t) for t in (f, h, h0, reset, g, df, di, dh0)]
     large = _int(f.numel() >= _LARGE)
     def rows(start, stop):
@@ -395,7 +397,8 @@ def _checked(f: Tensor, i: Tensor, h0: Tensor | None, reset: Tensor | None) -> t
     if reset is not None:
         if reset.dtype != torch.bool:
             raise ValueError(f"reset is {described(reset)}; it must be boolean")
-        if reset.shape != (batch, length): reset = broadcast_to("reset", reset, (batch, length))
+        check_shape("reset", reset, (None, length), f"(batch, {length})")
+        if reset.shape[0] != batch: reset = broadcast_to("reset", reset, (batch, length))
         check_device("reset", reset, f)
     return h0, reset
 

@@ -62,7 +62,7 @@ def unpack_ternary(packed: Tensor, width: int) -> Tensor:
     rows, size = packed.shape
     planes = packed.reshape(rows, size // 64, 1, 64) >> _shifts(packed.device)
     codes = (planes & 3).to(torch.int8) - 1                                  # (O, blocks, 4, 64)
-    return codes.view(rows, size * 4)[:, :width].contiguous()
+    return codes.reshape(rows, size * 4)[:, :width].contiguous()
 
 # %% ../../nbs/kernels/ternary.ipynb #6dd883f9
 def ternary_matmul_reference(x: Tensor, packed: Tensor) -> Tensor:
@@ -247,7 +247,7 @@ def _linear(x, weight, norm_weight, eps, backend):
     weight_scale = weight.scale
     if weight_scale.dtype != scale.dtype: weight_scale = weight_scale.to(scale.dtype)
     y = rescale(sums, scale.view(-1), weight_scale, x.dtype)
-    return y.view(*x.shape[:-1], -1)
+    return y.view(*x.shape[:-1], weight.packed.shape[0])
 
 def ternary_linear(x: Tensor, weight: TernaryWeight, norm_weight: Tensor, eps: float = 1e-8,
                    backend: str = "auto") -> Tensor:

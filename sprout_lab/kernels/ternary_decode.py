@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .bitlinear import quantize_activations
 from .build import load_c, pointer
-from .checks import Layout, check_floating, check_shape, described
+from .checks import Layout, check_device, check_floating, check_shape, described
 from .normgate import EXP_C
 from .ternary import check_ternary
 
@@ -633,11 +633,21 @@ def _check_stage(s: StepStage, outer: int) -> None:
         check_shape(name, tensor, shape)
     _check_stage(s.inner, width)
 
+def _named_tensors(part, name: str):
+    "The tensors of a stage, through its tuples and lists, with their fields' names."
+    if isinstance(part, Tensor): yield name, part
+    if not isinstance(part, (list, tuple)): return
+    names = getattr(part, "_fields", [name] * len(part))
+    for inner_name, inner in zip(names, part): yield from _named_tensors(inner, inner_name)
+
 def _check_model(embedding: Tensor, stage: StepStage, head: Tensor) -> None:
     check_floating(embedding=embedding, head=head)
     check_shape("embedding", embedding, (None, None), "(vocabulary, width)")
     check_shape("head", head, (None, embedding.shape[1]), f"(vocabulary, {embedding.shape[1]})")
     if not embedding.numel(): raise ValueError(f"embedding is {described(embedding)}; it is empty")
+    for name, tensor in _named_tensors((head, stage), "head"):
+        check_device(name, tensor, embedding)
+        if name != "codes": check_floating(**{name: tensor})
     check_shape("norm", stage.norm, tuple(embedding.shape[1:]))
     _check_stage(stage, embedding.shape[1])
 
@@ -652,12 +662,14 @@ def _checked_ids(ids: Tensor, vocabulary: int) -> list[int]:
         raise IndexError(f"ids {tokens}: the model knows 0 to {vocabulary - 1}")
     return tokens
 
-def _check_states(states: list, shapes: list, batch: int, dtype: torch.dtype) -> None:
+def _check_states(states: list, shapes: list, batch: int, like: Tensor) -> None:
+    "`like`: a tensor of the model, whose dtype and device they have."
     if len(states) != len(shapes):
         raise ValueError(f"there are {len(states)} states; the model has {len(shapes)}")
     for k, (state, shape) in enumerate(zip(states, shapes)):
         check_shape(f"states[{k}]", state, (batch, *shape))
-        wanted = dtype if shape else torch.bool
+        check_device(f"states[{k}]", state, like)
+        wanted = like.dtype if shape else torch.bool
         if state.dtype == wanted: continue
         raise ValueError(f"states[{k}] is {described(state)}; it must be of {wanted}")
 
@@ -711,7 +723,7 @@ class TernaryStep:
         """Whether C takes the states, which are checked unless they are like those of the step
         before."""
         if self._known[0] == batch and self._known[1].matches(states): return True
-        _check_states(states, self._shapes, batch, self.dtype)
+        _check_states(states, self._shapes, batch, self.embedding)
         if not all(t.is_cpu and t.is_contiguous() and t.data_ptr() for t in states): return False
         self._known = batch, Layout(states)
         return True

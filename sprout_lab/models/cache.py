@@ -108,6 +108,9 @@ def select_rows(layer: KeyValueLayer, rows) -> None:
     """Keep `rows` of a layer (indices, in any order, repeats allowed), in place where there is
     room."""
     if not layer.is_initialized: return
+    first = torch.arange(len(rows)).equal(torch.as_tensor(rows).cpu())
+    if first and len(rows) <= len(layer.keys) and _holds(layer, len(rows)):
+        return layer._use_rows(len(rows))                      # the others go, nothing moves
     chosen = [t[rows] for t in layer.filled()]                 # copies
     if not _holds(layer, len(rows)): return _fill_new(layer, chosen, layer.keys.shape[2])
     layer._use_rows(len(rows))
