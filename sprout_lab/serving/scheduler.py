@@ -30,11 +30,13 @@ class PretrainedDecoder:
         self.model, self.config = model, model.config
         kinds = set(getattr(self.config, "layer_types", None) or ["full_attention"])
         window = getattr(self.config, "sliding_window", None)
-        if getattr(model, "_is_stateful", False) or (window and "layer_types" not in vars(self.config)):
+        if getattr(model, "_is_stateful",
+                   False) or (window and "layer_types" not in vars(self.config)):
             kinds.add("a state or a window of its own")
         if kinds != {"full_attention"}:
             name, kinds = type(model).__name__, ", ".join(sorted(kinds - {"full_attention"}))
-            raise ConfigError(f"{name}: keeps {kinds}, and only full attention can be batched here; "
+            raise ConfigError(f"{name}: keeps {kinds}, and only full attention can be batched "
+                              f"here; "
                               "serve one of the lab's models, or a Llama, GPT-2 or Qwen")
 
     device = property(lambda self: self.model.device)
