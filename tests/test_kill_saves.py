@@ -45,7 +45,7 @@ class Counter:
 def torn(folder: Path) -> None:
     """Cut the youngest file of an unfinished save in half: one that a rename has not yet made part
     of the run."""
-    unfinished = [path for path in folder.glob("checkpoints/.*/*") if path.is_file()]
+    unfinished = [path for path in folder.glob("checkpoints/.*.writing/*") if path.is_file()]
     if not unfinished: return
     youngest = max(unfinished, key=lambda path: path.stat().st_mtime_ns)
     os.truncate(youngest, youngest.stat().st_size // 2)
