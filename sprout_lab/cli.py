@@ -9,6 +9,7 @@ __all__ = ['TALK_COMMANDS', 'NEEDED', 'OPTIONAL', 'main', 'cli', 'Setting', 'set
 # %% ../nbs/cli.ipynb #75a3abc3
 import json
 import os
+import re
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
@@ -140,8 +141,13 @@ def collect_flags(values: dict, specs, aliases: dict[str, str] | None = None) ->
             flags[name[3:]] = False
         elif name in flags:
             raise ConfigError(f"--{name} is given twice, once as --{written}; keep one")
-        else: flags[name] = list(value) if isinstance(value, tuple) else value
+        else: flags[name] = _values(value) if isinstance(value, tuple) else value
     return flags
+
+def _values(given: tuple[str, ...]):
+    "A list's values: one to a flag, or all its numbers in one, as in --d_model '[256, 384]'."
+    at_once = len(given) == 1 and re.match(r"\[[\d\s\[]", given[0])
+    return given[0] if at_once else list(given)
 
 # %% ../nbs/cli.ipynb #194141ba
 class Drawn(click.Command):
@@ -515,6 +521,68 @@ def _export_command(run, output, llama, ternary):
     form = "a Llama" if llama else "the model, ternary" if ternary else "the model"
     click.echo(f"{folder}: {form}, {_parameters(model)}")
 
+# %% ../nbs/cli.ipynb #a122272e
+@cli.command("upcycle")
+@click.argument("run", metavar="RUN|FOLDER|GGUF")
+@click.option("--num_thoughts", type=click.IntRange(1), default=8, show_default=True,
+              help="Thought branches of a layer, each a copy of the network that is there.")
+@click.option("--thoughts_per_token", type=click.IntRange(1), default=2, show_default=True,
+              help="Branches that think about a token.")
+@click.option("--tokenizer", metavar="FILE|DIR|NAME", help="Where the model brings none.")
+@click.option("--dataset", "--dataset_name", "dataset", metavar="NAME",
+              help="What it is trained and evaluated on from here [what RUN was].")
+@click.option("--output", "--output_dir", "output", metavar="DIR",
+              help="Where the new run goes [runs/NAME].")
+def _upcycle_command(run, num_thoughts, thoughts_per_token, tokenizer, dataset, output):
+    "Give a Transformer (also a Llama or GPT-2) thoughts; its logits stay, as a run at step 0."
+    import sprout_lab.families  # noqa: F401  makes the models known to the Auto classes
+    from sprout_lab.runs import new_run_folder
+    from sprout_lab.trainers.upcycling import upcycle_run
+    folder = _new_folder(output or new_run_folder(f"mot_{Path(run).stem}"))
+    given = {"dataset_name": dataset} if dataset else {}
+    made = upcycle_run(run, folder, num_thoughts, thoughts_per_token, tokenizer=tokenizer,
+                       log=click.echo, **given)
+    click.echo(f"{made.folder}: go on with sprout-lab train mot --resume_from {made.folder}")
+
+# %% ../nbs/cli.ipynb #1f6b1401
+def _finetune_settings() -> list:
+    from sprout_lab.trainers.adapters import AdapterConfig
+    run = [spec for section, cls in sections.items() for spec in settings_fields(cls, section)]
+    return [*settings_fields(AdapterConfig, "adapter"), *run]
+
+@cli.command("finetune", cls=Drawn, settings=_finetune_settings)
+@click.argument("run", metavar="[RUN|FOLDER|GGUF]", required=False)
+@_quiet
+def _finetune_command(run, flags, quiet):
+    """Teach a trained model something else through an adapter (LoRA). The run that it makes is
+    evaluated, drawn, generated from and exported like any; --resume_from continues it."""
+    from sprout_lab.families import family_of
+    from sprout_lab.trainers.adapters import AdapterConfig, make_finetuner
+    shape = {name: flags.pop(name) for name in list(flags) if name in AdapterConfig.model_fields}
+    trainer = make_finetuner(run, family_of, flags, AdapterConfig(**shape), log=_log(quiet))
+    with trainer.run.lock(): trainer.train()
+    click.echo(f"run: {trainer.run.folder}")
+
+# %% ../nbs/cli.ipynb #fda87e92
+@cli.command("cloud", context_settings={**_context, "ignore_unknown_options": True})
+@click.argument("way", metavar="vertex|vm|colab")
+@click.argument("command", metavar="COMMAND…", nargs=-1, type=click.UNPROCESSED)
+@click.option("--accelerator", default="T4", show_default=True, help="T4, L4, V100, A100, H100.")
+@click.option("--job_name", default="sprout-lab", show_default=True, help="Name of the job.")
+@click.option("--region", default="us-central1", show_default=True, help="Vertex AI's region.")
+@click.option("--source", metavar="URL|NAME",
+              help="What pip installs the lab from there [this package's repository].")
+@click.option("--job_dir", default="cloud", show_default=True, metavar="DIR",
+              help="Folder for the files.")
+def _cloud_command(way, command, accelerator, job_name, region, source, job_dir):
+    """Write the files of a job that runs COMMAND, such as `train mot --train_file gs://…`, on a
+    rented machine, and print the line that starts it. No cloud is called."""
+    from sprout_lab.cloud import CloudJob, package_source, write_job
+    job = CloudJob(tuple(command), source or package_source(), accelerator, job_name, region)
+    files, line = write_job(way, job, job_dir)
+    for file in files: click.echo(f"written: {file}")
+    click.echo(line)
+
 # %% ../nbs/cli.ipynb #2abe49e6
 @cli.command("families")
 def _families_command():
@@ -740,6 +808,22 @@ def _doctor_command():
     from sprout_lab.families import broken_plugins, families
     tell("families", ", ".join(families))
     for name, reason in broken_plugins.items(): tell("left out", f"{name}: {reason}")
+
+# %% ../nbs/cli.ipynb #guide-command
+@cli.command("guide")
+@click.argument("name", required=False, metavar="[NAME")
+@click.argument("step", required=False, type=int, metavar="[STEP]]")
+@click.option("--table", is_flag=True, help="Every line of the guide instead, and what runs it.")
+def _guide_command(name, step, table):
+    "Print a training guide's steps in this lab's commands, for copying."
+    from sprout_lab.training_guides import guide_names, guide_steps, guide_table, load_guide
+    if name is None:
+        for known in guide_names():
+            guide = load_guide(known)
+            click.echo(f"{known:<14} {guide.title}: {len(guide.steps)} steps, {guide.lines} lines")
+        return click.echo("sprout-lab guide NAME prints the steps; --table, every line")
+    guide = load_guide(name)
+    click.echo(guide_table(guide) if table else guide_steps(guide, step))
 
 # %% ../nbs/cli.ipynb #bbe3dfd7
 @cli.command("completion")
