@@ -728,6 +728,12 @@ def _serving(module: str, name: str):
         raise ConfigError(f"the package {error.name} is not installed, and serving needs it; "
                           "`pip install \"sprout-lab[serve]\"` installs it") from None
 
+def _bench_serve(only, output) -> None:
+    wrong = [text for text in only if not (text.isascii() and text.isdigit() and 0 < int(text) < 1000)]
+    if wrong: raise ConfigError(f"only={wrong[0]!r}: a number of clients, 1 to 999, is needed")
+    clients = [int(text) for text in only] or [1, 8, 32, 128]
+    _serving("load", "bench_serve")(clients, output=output, log=click.echo)
+
 def _serve_settings() -> list: return settings_fields(_serving("registry", "ServerConfig"))
 
 @cli.command("serve", cls=Drawn, settings=_serve_settings, aliases={})
@@ -750,7 +756,9 @@ def _serve_command(paths, flags):
 @click.option("--output", metavar="FILE", help="Write the table as JSON too.")
 @_quiet
 def _bench_command(family, peers, only, repeats, output, quiet):
-    "Ratios of a family against named peers, side by side in one run, in CPU time."
+    """Ratios of a family against named peers, side by side in one run, in CPU time; `bench serve`
+    measures the server against plain `generate` (--only N: with N clients)."""
+    if family == "serve": return _bench_serve(only, output)
     from sprout_lab.families import get_family
     from sprout_lab.progress import without_progress
     entry = get_family(family)
