@@ -27,6 +27,15 @@ def lowest(requirement: str) -> str:
     return f"{found[1]}=={found[2]}"
 
 
+def interpreter_of(version: str) -> str | None:
+    "A Python of this version that starts: on the path, or beside it as pyenv keeps them."
+    kept = sorted(Path.home().glob(f".pyenv/versions/{version}.*/bin/python"))
+    for path in (shutil.which(f"python{version}"), *kept):
+        if path and not subprocess.run([path, "-c", "import venv"], capture_output=True).returncode:
+            return str(path)
+    return None
+
+
 def environment(folder: Path, python: str, requirements: list[str]) -> Path:
     "The interpreter of a new environment."
     subprocess.run([python, "-m", "venv", str(folder)], check=True)
@@ -55,7 +64,7 @@ def test_every_requirement_has_a_lower_bound():
 
 
 def test_the_lowest_end(tmp_path):
-    oldest = shutil.which(f"python{ini['DEFAULT']['min_python']}")
+    oldest = interpreter_of(ini["DEFAULT"]["min_python"])
     if not oldest: pytest.skip(f"needs Python {ini['DEFAULT']['min_python']}")
     report = exercise(environment(tmp_path / "env", oldest, [lowest(one) for one in REQUIREMENTS]))
     assert report["python"].startswith(ini["DEFAULT"]["min_python"] + ".")
@@ -63,7 +72,6 @@ def test_the_lowest_end(tmp_path):
 
 
 def test_the_newest_end(tmp_path):
-    found = [shutil.which(f"python3.{minor}") for minor in (13, 12)]
-    newest = next(filter(None, found), sys.executable)
+    newest = interpreter_of("3.13") or interpreter_of("3.12") or sys.executable
     report = exercise(environment(tmp_path / "env", newest, ["--upgrade", *REQUIREMENTS]))
     assert report["done"] and not report["failed"]
