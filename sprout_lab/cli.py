@@ -9,6 +9,7 @@ __all__ = ['TALK_COMMANDS', 'NEEDED', 'OPTIONAL', 'main', 'cli', 'Setting', 'set
 # %% ../nbs/cli.ipynb #75a3abc3
 import json
 import os
+import re
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
@@ -140,8 +141,13 @@ def collect_flags(values: dict, specs, aliases: dict[str, str] | None = None) ->
             flags[name[3:]] = False
         elif name in flags:
             raise ConfigError(f"--{name} is given twice, once as --{written}; keep one")
-        else: flags[name] = list(value) if isinstance(value, tuple) else value
+        else: flags[name] = _values(value) if isinstance(value, tuple) else value
     return flags
+
+def _values(given: tuple[str, ...]):
+    "A list's values: one to a flag, or all its numbers in one, as in --d_model '[256, 384]'."
+    at_once = len(given) == 1 and re.match(r"\[[\d\s\[]", given[0])
+    return given[0] if at_once else list(given)
 
 # %% ../nbs/cli.ipynb #194141ba
 class Drawn(click.Command):
@@ -438,6 +444,48 @@ def _talk_line(model, tokenizer, config, line: str) -> None:
     elif line.strip():
         _respond(objective_of(model), model, tokenizer, [_as_utf8(line, "the prompt")], config)
 
+# %% ../nbs/cli.ipynb #358c896d
+def _curriculum_settings() -> list:
+    from sprout_lab.families import get_family
+    return [spec for spec in _train_settings(get_family("tslm")) if spec.name != "output_dir"]
+
+@cli.command("curriculum", cls=Drawn, settings=_curriculum_settings, aliases=ALIASES)
+@click.option("--stage", required=True, metavar="NAME",
+              help="stage1_mcq, stage2_captioning, stage3_cot, stage4_sleep_cot, stage5_ecg_cot.")
+@click.option("--root", default="runs/curriculum", show_default=True, metavar="DIR",
+              help="Folder that holds the stages' runs.")
+@click.option("--hub", is_flag=True, help="The paper's data (hub, or files in --data_dir).")
+@click.option("--from_scratch", is_flag=True, help="Do not begin with the stage before.")
+@click.option("--config", metavar="FILE", help="YAML or JSON configuration.")
+@click.option("--preset", metavar="NAME", help="Shipped configuration.")
+@click.option("--size", metavar="NAME", help="nano, mini, small or base [nano].")
+@_quiet
+def _curriculum_command(flags, stage, root, hub, from_scratch, config, preset, size, quiet):
+    "Train a stage of the time-series curriculum, then judge its answers to the test questions."
+    from sprout_lab.curriculum import judge_stage, train_stage
+    run = train_stage(stage, root, flags, hub=hub, from_scratch=from_scratch, log=_log(quiet),
+                      config=config, preset=preset, size=size)
+    for name, value in judge_stage(stage, root, log=_log(quiet)).items():
+        click.echo(f"{name.replace('_', ' '):<16}{value:.4f}")
+    click.echo(f"run: {run.folder}")
+
+@cli.command("ablate")
+@click.option("--config", required=True, metavar="FILE",
+              help="A configuration with a section `ablation`: keys with lists of values.")
+@click.option("--output_dir", default="runs/ablation", show_default=True, metavar="DIR")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE",
+              help="A setting for all of them, such as max_steps=100.")
+@_quiet
+def _ablate_command(config, output_dir, settings, quiet):
+    "Train every combination of a grid over a configuration's keys: one table, one plot."
+    from sprout_lab.ablations import run_ablation
+    flags = {}
+    for setting in settings:
+        key, found, value = setting.partition("=")
+        if not found: raise ConfigError(f"set={setting!r}: KEY=VALUE is needed")
+        flags[key] = value
+    click.echo(str(run_ablation(config, output_dir, flags, log=_log(quiet))))
+
 # %% ../nbs/cli.ipynb #110697f3
 @cli.command("draw")
 @click.argument("run", metavar="RUN")
@@ -526,6 +574,68 @@ def _export_command(run, output, llama, ternary):
     if tokenizer is not None: tokenizer.save_pretrained(folder)
     form = "a Llama" if llama else "the model, ternary" if ternary else "the model"
     click.echo(f"{folder}: {form}, {_parameters(model)}")
+
+# %% ../nbs/cli.ipynb #a122272e
+@cli.command("upcycle")
+@click.argument("run", metavar="RUN|FOLDER|GGUF")
+@click.option("--num_thoughts", type=click.IntRange(1), default=8, show_default=True,
+              help="Thought branches of a layer, each a copy of the network that is there.")
+@click.option("--thoughts_per_token", type=click.IntRange(1), default=2, show_default=True,
+              help="Branches that think about a token.")
+@click.option("--tokenizer", metavar="FILE|DIR|NAME", help="Where the model brings none.")
+@click.option("--dataset", "--dataset_name", "dataset", metavar="NAME",
+              help="What it is trained and evaluated on from here [what RUN was].")
+@click.option("--output", "--output_dir", "output", metavar="DIR",
+              help="Where the new run goes [runs/NAME].")
+def _upcycle_command(run, num_thoughts, thoughts_per_token, tokenizer, dataset, output):
+    "Give a Transformer (also a Llama or GPT-2) thoughts; its logits stay, as a run at step 0."
+    import sprout_lab.families  # noqa: F401  makes the models known to the Auto classes
+    from sprout_lab.runs import new_run_folder
+    from sprout_lab.trainers.upcycling import upcycle_run
+    folder = _new_folder(output or new_run_folder(f"mot_{Path(run).stem}"))
+    given = {"dataset_name": dataset} if dataset else {}
+    made = upcycle_run(run, folder, num_thoughts, thoughts_per_token, tokenizer=tokenizer,
+                       log=click.echo, **given)
+    click.echo(f"{made.folder}: go on with sprout-lab train mot --resume_from {made.folder}")
+
+# %% ../nbs/cli.ipynb #1f6b1401
+def _finetune_settings() -> list:
+    from sprout_lab.trainers.adapters import AdapterConfig
+    run = [spec for section, cls in sections.items() for spec in settings_fields(cls, section)]
+    return [*settings_fields(AdapterConfig, "adapter"), *run]
+
+@cli.command("finetune", cls=Drawn, settings=_finetune_settings)
+@click.argument("run", metavar="[RUN|FOLDER|GGUF]", required=False)
+@_quiet
+def _finetune_command(run, flags, quiet):
+    """Teach a trained model something else through an adapter (LoRA). The run that it makes is
+    evaluated, drawn, generated from and exported like any; --resume_from continues it."""
+    from sprout_lab.families import family_of
+    from sprout_lab.trainers.adapters import AdapterConfig, make_finetuner
+    shape = {name: flags.pop(name) for name in list(flags) if name in AdapterConfig.model_fields}
+    trainer = make_finetuner(run, family_of, flags, AdapterConfig(**shape), log=_log(quiet))
+    with trainer.run.lock(): trainer.train()
+    click.echo(f"run: {trainer.run.folder}")
+
+# %% ../nbs/cli.ipynb #fda87e92
+@cli.command("cloud", context_settings={**_context, "ignore_unknown_options": True})
+@click.argument("way", metavar="vertex|vm|colab")
+@click.argument("command", metavar="COMMAND…", nargs=-1, type=click.UNPROCESSED)
+@click.option("--accelerator", default="T4", show_default=True, help="T4, L4, V100, A100, H100.")
+@click.option("--job_name", default="sprout-lab", show_default=True, help="Name of the job.")
+@click.option("--region", default="us-central1", show_default=True, help="Vertex AI's region.")
+@click.option("--source", metavar="URL|NAME",
+              help="What pip installs the lab from there [this package's repository].")
+@click.option("--job_dir", default="cloud", show_default=True, metavar="DIR",
+              help="Folder for the files.")
+def _cloud_command(way, command, accelerator, job_name, region, source, job_dir):
+    """Write the files of a job that runs COMMAND, such as `train mot --train_file gs://…`, on a
+    rented machine, and print the line that starts it. No cloud is called."""
+    from sprout_lab.cloud import CloudJob, package_source, write_job
+    job = CloudJob(tuple(command), source or package_source(), accelerator, job_name, region)
+    files, line = write_job(way, job, job_dir)
+    for file in files: click.echo(f"written: {file}")
+    click.echo(line)
 
 # %% ../nbs/cli.ipynb #2abe49e6
 @cli.command("families")
@@ -620,6 +730,32 @@ def _runs_disk(root):
     for f in found: click.echo(f"{human(f['disk_bytes']):>10}  {f['folder']}")
     click.echo(f"{human(sum(f['disk_bytes'] for f in found)):>10}  in all")
 
+# %% ../nbs/cli.ipynb #3d4d6f7a
+def _serving(module: str, name: str):
+    "A name of the serving room; a `ConfigError` where its packages are missing."
+    from importlib import import_module
+    try: return getattr(import_module(f"sprout_lab.serving.{module}"), name)
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("sprout_lab"): raise
+        raise ConfigError(f"the package {error.name} is not installed, and serving needs it; "
+                          "`pip install \"sprout-lab[serve]\"` installs it") from None
+
+def _bench_serve(only, output) -> None:
+    wrong = [text for text in only if not (text.isascii() and text.isdigit() and 0 < int(text) < 1000)]
+    if wrong: raise ConfigError(f"only={wrong[0]!r}: a number of clients, 1 to 999, is needed")
+    clients = [int(text) for text in only] or [1, 8, 32, 128]
+    _serving("load", "bench_serve")(clients, output=output, log=click.echo)
+
+def _serve_settings() -> list: return settings_fields(_serving("registry", "ServerConfig"))
+
+@cli.command("serve", cls=Drawn, settings=_serve_settings, aliases={})
+@click.argument("paths", metavar="[NAME=]RUN...", nargs=-1, required=True)
+def _serve_command(paths, flags):
+    """Serve runs, checkpoints, Hugging Face folders and ternary exports to OpenAI's clients, with a
+    page for people. On this machine only, unless --host and a key are given."""
+    serve, config = _serving("server", "serve"), _serving("registry", "ServerConfig")
+    serve(paths, config(**flags), log=_to_stderr)
+
 # %% ../nbs/cli.ipynb #826a7fbf
 @cli.command("bench")
 @click.argument("family", default="transformer")
@@ -632,7 +768,9 @@ def _runs_disk(root):
 @click.option("--output", metavar="FILE", help="Write the table as JSON too.")
 @_quiet
 def _bench_command(family, peers, only, repeats, output, quiet):
-    "Ratios of a family against named peers, side by side in one run, in CPU time."
+    """Ratios of a family against named peers, side by side in one run, in CPU time; `bench serve`
+    measures the server against plain `generate` (--only N: with N clients)."""
+    if family == "serve": return _bench_serve(only, output)
     from sprout_lab.families import get_family
     from sprout_lab.progress import without_progress
     entry = get_family(family)
@@ -768,6 +906,22 @@ def _doctor_command():
     from sprout_lab.families import broken_plugins, families
     tell("families", ", ".join(families))
     for name, reason in broken_plugins.items(): tell("left out", f"{name}: {reason}")
+
+# %% ../nbs/cli.ipynb #guide-command
+@cli.command("guide")
+@click.argument("name", required=False, metavar="[NAME")
+@click.argument("step", required=False, type=int, metavar="[STEP]]")
+@click.option("--table", is_flag=True, help="Every line of the guide instead, and what runs it.")
+def _guide_command(name, step, table):
+    "Print a training guide's steps in this lab's commands, for copying."
+    from sprout_lab.training_guides import guide_names, guide_steps, guide_table, load_guide
+    if name is None:
+        for known in guide_names():
+            guide = load_guide(known)
+            click.echo(f"{known:<14} {guide.title}: {len(guide.steps)} steps, {guide.lines} lines")
+        return click.echo("sprout-lab guide NAME prints the steps; --table, every line")
+    guide = load_guide(name)
+    click.echo(guide_table(guide) if table else guide_steps(guide, step))
 
 # %% ../nbs/cli.ipynb #bbe3dfd7
 @cli.command("completion")
