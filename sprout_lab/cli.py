@@ -825,6 +825,8 @@ def _sweep_command(family, flags, quiet):
     from sprout_lab.laboratory.report import table_text
     from sprout_lab.laboratory.sweep import Sweep, SweepConfig, plot_sweep, run_sweep, sweep_table
     sweep = Sweep(family, SweepConfig(**flags), log=_log(quiet))
+    if sweep.config.engine == "ray":
+        from sprout_lab.laboratory.ray_sweep import run_ray_sweep as run_sweep   # noqa: F811
     rows = run_sweep(sweep)
     click.echo(table_text(sweep_table(rows)))
     if any(row["score"] is not None for row in rows) and sweep.searched:

@@ -284,8 +284,8 @@ def run_sweep(sweep: Sweep) -> list[dict]:
     """Train what is missing of a sweep, in as many processes as it says; returns its rows, best
     first. Raises `KeyboardInterrupt` after a signal, `ConfigError` when a process has died."""
     if sweep.config.engine == "ray":
-        from sprout_lab.laboratory.ray_sweep import run_ray_sweep
-        return run_ray_sweep(sweep)
+        raise ConfigError("engine=ray: this is Optuna's side; call run_ray_sweep of "
+                          "sprout_lab.laboratory.ray_sweep, as the command does")
     from filelock import FileLock, Timeout
     try: lock = FileLock(f"{sweep.folder / 'sweep'}.lock").acquire(timeout=0)
     except Timeout:
