@@ -24,7 +24,8 @@ def _unknown_flag(error: click.NoSuchOption) -> str:
     params = error.ctx.command.get_params(error.ctx) if error.ctx else []
     known = [flag.lstrip("-").replace("-", "_") for param in params for flag in param.opts]
     command = error.ctx.command_path if error.ctx else "sprout-lab"
-    return f"{error.option_name}: {command} has no such flag{nearest(error.option_name.lstrip('-'), known)}"
+    return (f"{error.option_name}: {command} has no such "
+            f"flag{nearest(error.option_name.lstrip('-'), known)}")
 
 def _one_line(error: click.ClickException) -> str:
     if isinstance(error, click.NoSuchOption): return _unknown_flag(error)
@@ -102,7 +103,8 @@ class Setting(click.Option):
         return ", ".join(f"{sign} {number(value)}" for sign, value in signs if value is not None)
 
     def get_help_record(self, ctx):
-        name = f"--[no_]{self.spec.name}" if self.spec.type is bool else f"--{self.spec.name} {self.word(self.spec)}"
+        name = (f"--[no_]{self.spec.name}" if self.spec.type is bool
+                else f"--{self.spec.name} {self.word(self.spec)}")
         return name, self.help
 
 # %% ../nbs/cli.ipynb #83570f45
@@ -157,7 +159,8 @@ class Drawn(click.Command):
         return super().get_params(ctx)
 
     def invoke(self, ctx):
-        own = {p.name for p in self.params if not isinstance(p, Setting) and not p.hidden}
+        own = {p.name for p in self.params if not isinstance(p, Setting)
+               and not getattr(p, "hidden", False)}
         own |= {p.name for p in self.params if p.name in getattr(self.callback, "hidden", ())}
         drawn = {name: value for name, value in ctx.params.items() if name not in own}
         ctx.params = {name: value for name, value in ctx.params.items() if name in own}
@@ -260,7 +263,8 @@ def train_command(family) -> click.Command:
         if dry_run: click.echo(settings.describe())
         else: _train(settings, quiet)
     run.hidden = ("model_config",)
-    summary = f"Train {family.title}. {family.summary}" if family else "Train what a configuration file says."
+    summary = (f"Train {family.title}. {family.summary}" if family
+               else "Train what a configuration file says.")
     return Drawn(family.name if family else "train", params=_train_options(family), callback=run,
                  help=summary,
                  settings=lambda: _train_settings(family), context_settings=cli.context_settings)
@@ -421,6 +425,54 @@ def _talk_line(model, tokenizer, config, line: str) -> None:
                           f"{', '.join(known)}")
     elif line.strip():
         _respond(objective_of(model), model, tokenizer, [_as_utf8(line, "the prompt")], config)
+
+# %% ../nbs/cli.ipynb #1af27807
+@cli.command("search", cls=Drawn,
+             settings=_settings_of("sprout_lab.decoding.search", "SearchConfig"))
+@click.argument("model_path", metavar="RUN")
+@click.option("--prompt", default="\n", help="Text to continue [a new line].")
+@click.option("--reward", metavar="REWARD", default=None,
+              help="regex:…, json, json_schema:FILE, length:N, python:module.function, likelihood, "
+                   "spectral; a sum as 1*json + 0.1*likelihood.")
+@click.option("--samples", type=click.IntRange(0), default=3, show_default=True,
+              help="Texts of the posterior to print.")
+@click.option("--html", metavar="FILE", help="Write how the tree grew, as a page.")
+@click.option("--gif", metavar="FILE", help="Write how the tree grew, as a moving picture.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto",
+              show_default=True)
+def _search_command(model_path, prompt, reward, samples, html, gif, device, flags):
+    """Continue a text by looking ahead: write many, learn where it pays to go on, keep the best.
+    Ctrl-C ends it with the best so far."""
+    from sprout_lab.decoding.rewards import make_reward
+    from sprout_lab.decoding.search import SearchConfig, search
+    flags["stop"] = [text.replace("\\n", "\n") for text in flags.get("stop", [])]
+    config = SearchConfig(**flags)
+    if reward is not None: make_reward(reward)   # a misspelt one is found before the model is read
+    model, tokenizer, _ = _writer(model_path, device)
+    score = None if reward is None else make_reward(reward, model, tokenizer)
+    found = search(model, tokenizer, _as_utf8(prompt, "prompt"), score, config)
+    click.echo(found.text)
+    _report_search(found, samples)
+    for file, write in ((html, _tree_page), (gif, _tree_gif)):
+        if file is not None: write(found, user_path(file))
+
+# %% ../nbs/cli.ipynb #467539ad
+def _report_search(found, samples: int) -> None:
+    "What a search found and what it cost, to standard error."
+    cost, stopped = found.cost, " (stopped)" if found.interrupted else ""
+    _to_stderr(f"{found.method}{stopped}: reward {found.reward:.6g}, log p {found.logprob:.4g}; "
+               f"{len(found.completions)} texts, {found.nodes} nodes, {cost.tokens_evaluated} "
+               f"tokens "
+               f"read after {cost.prefix_tokens} of the prompt, {cost.seconds:.1f} s")
+    for text, weight in found.samples[:samples]: _to_stderr(f"  {weight:6.1%}  {text!r}")
+
+def _tree_page(found, file) -> None:
+    from sprout_lab.visualizers.tree import growth_html
+    file.write_text(growth_html(found.frames, title="A search"), encoding="utf-8")
+
+def _tree_gif(found, file) -> None:
+    from sprout_lab.visualizers.tree import growth_gif
+    growth_gif(found.frames, file)
 
 # %% ../nbs/cli.ipynb #110697f3
 @cli.command("draw")
@@ -650,10 +702,12 @@ def _devices():
     import torch
     for index in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(index)
-        yield f"cuda:{index}", f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB, sm_{facts.major}{facts.minor}"
+        (yield f"cuda:{index}",
+         f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB, sm_{facts.major}{facts.minor}")
     other = "Apple GPU (mps)" if torch.backends.mps.is_available() else "CPU"
     if not torch.cuda.is_available(): yield "cuda", f"none: models train on the {other}"
-    yield "threads", f"{torch.get_num_threads()} (OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'unset')})"
+    (yield "threads",
+     f"{torch.get_num_threads()} (OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'unset')})")
 
 # %% ../nbs/cli.ipynb #e02ef1a0
 @cli.command("doctor")
