@@ -7,11 +7,14 @@ RUN := runs/demo
 
 .PHONY: demo test slow lab docs bench gpu export
 
-demo: $(READY)  ## train a byte-level Transformer on Shakespeare, then let it write (under five minutes on two cores)
+demo: $(READY)  ## train, let it write, then compare all families (under five minutes on two cores)
 	@$(BIN)/sprout-lab train transformer --preset demo --output_dir $(RUN) --resume_from auto
 	@echo; echo "what it writes:"; echo
 	@$(BIN)/sprout-lab generate --model_path $(RUN) --prompt "ROMEO:" --max_tokens 240 --temperature 0.8 --seed 1
 	@echo; echo "the curve: $(RUN)/results/bits_per_byte.png    the run: sprout-lab runs show demo"
+	@echo; echo "and now every family under one budget:"; echo
+	@$(BIN)/sprout-lab compare --amount 2e11 --seeds 2 --rates 1 --no_beside --evaluations 5 \
+	  --final_eval_batches 8 --output_dir runs/demo-comparison
 
 test: $(READY)  ## everything that CI runs
 	@$(BIN)/python tools/check.py

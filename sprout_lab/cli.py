@@ -9,6 +9,7 @@ __all__ = ['TALK_COMMANDS', 'NEEDED', 'OPTIONAL', 'main', 'cli', 'Setting', 'set
 # %% ../nbs/cli.ipynb #75a3abc3
 import json
 import os
+import re
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
@@ -69,6 +70,7 @@ def cli():
     sprout-lab train transformer              a nano model on Shakespeare, minutes on a CPU
     sprout-lab generate --model_path runs/…   what it writes
     sprout-lab draw runs/…                    what it looks like inside
+    sprout-lab compare                        all families, one budget, one report
     sprout-lab train transformer --help       every setting, with its bounds
     """
 
@@ -122,9 +124,8 @@ def setting_options(specs, aliases: dict[str, str] | None = None) -> list[click.
     for spec in specs:
         if spec.type is bool and f"no_{spec.name}" not in SWITCHES:
             options.append(_hidden_switch(f"no_{spec.name}"))
-    options += [_hidden_switch(switch) for switch,
-                (target, _) in SWITCHES.items() if target in names]
-    return options
+    switches = [switch for switch, (target, _) in SWITCHES.items() if target in names]
+    return options + [_hidden_switch(switch) for switch in switches]
 
 def collect_flags(values: dict, specs, aliases: dict[str, str] | None = None) -> dict:
     """The flags that were given, as names and values for a configuration class; `aliases` are
@@ -140,8 +141,13 @@ def collect_flags(values: dict, specs, aliases: dict[str, str] | None = None) ->
             flags[name[3:]] = False
         elif name in flags:
             raise ConfigError(f"--{name} is given twice, once as --{written}; keep one")
-        else: flags[name] = list(value) if isinstance(value, tuple) else value
+        else: flags[name] = _values(value) if isinstance(value, tuple) else value
     return flags
+
+def _values(given: tuple[str, ...]):
+    "A list's values: one to a flag, or all its numbers in one, as in --d_model '[256, 384]'."
+    at_once = len(given) == 1 and re.match(r"\[[\d\s\[]", given[0])
+    return given[0] if at_once else list(given)
 
 # %% ../nbs/cli.ipynb #194141ba
 class Drawn(click.Command):
@@ -159,8 +165,8 @@ class Drawn(click.Command):
         return super().get_params(ctx)
 
     def invoke(self, ctx):
-        own = {p.name for p in self.params if not isinstance(p, Setting)
-               and not getattr(p, "hidden", False)}
+        own = {p.name for p in self.params
+               if not isinstance(p, Setting) and not getattr(p, "hidden", False)}
         own |= {p.name for p in self.params if p.name in getattr(self.callback, "hidden", ())}
         drawn = {name: value for name, value in ctx.params.items() if name not in own}
         ctx.params = {name: value for name, value in ctx.params.items() if name in own}
@@ -217,8 +223,8 @@ class _Families(click.Group):
 def _train_settings(family) -> list:
     "The specs of a run of `family` (or of any, with None), with the defaults that hold unasked."
     from sprout_lab.families import configure, families
-    config_classes = [family.config_class] if family else [f.config_class
-                                                           for f in families.values()]
+    chosen = [family] if family else families.values()
+    config_classes = [each.config_class for each in chosen]
     specs = {}
     for section, cls in [*sections.items(), *(("model", c) for c in config_classes)]:
         for spec in settings_fields(cls, section): specs.setdefault(spec.name, spec)
@@ -315,7 +321,7 @@ def _evaluate_command(model_path, flags, quiet):
     text, as JSON."""
     import sprout_lab.families  # noqa: F401  makes the models known to the Auto classes
     from sprout_lab.evaluation.commands import evaluate_from_options
-    evaluate_from_options(model_path, log=_log(quiet), **flags)
+    evaluate_from_options(model_path, quiet=quiet, log=_log(quiet), **flags)
 
 # %% ../nbs/cli.ipynb #a9e75a72
 _written_as = {"max_new_tokens": "max_tokens", "max_length": "max_tokens"}
@@ -563,6 +569,68 @@ def _export_command(run, output, llama, ternary):
     form = "a Llama" if llama else "the model, ternary" if ternary else "the model"
     click.echo(f"{folder}: {form}, {_parameters(model)}")
 
+# %% ../nbs/cli.ipynb #a122272e
+@cli.command("upcycle")
+@click.argument("run", metavar="RUN|FOLDER|GGUF")
+@click.option("--num_thoughts", type=click.IntRange(1), default=8, show_default=True,
+              help="Thought branches of a layer, each a copy of the network that is there.")
+@click.option("--thoughts_per_token", type=click.IntRange(1), default=2, show_default=True,
+              help="Branches that think about a token.")
+@click.option("--tokenizer", metavar="FILE|DIR|NAME", help="Where the model brings none.")
+@click.option("--dataset", "--dataset_name", "dataset", metavar="NAME",
+              help="What it is trained and evaluated on from here [what RUN was].")
+@click.option("--output", "--output_dir", "output", metavar="DIR",
+              help="Where the new run goes [runs/NAME].")
+def _upcycle_command(run, num_thoughts, thoughts_per_token, tokenizer, dataset, output):
+    "Give a Transformer (also a Llama or GPT-2) thoughts; its logits stay, as a run at step 0."
+    import sprout_lab.families  # noqa: F401  makes the models known to the Auto classes
+    from sprout_lab.runs import new_run_folder
+    from sprout_lab.trainers.upcycling import upcycle_run
+    folder = _new_folder(output or new_run_folder(f"mot_{Path(run).stem}"))
+    given = {"dataset_name": dataset} if dataset else {}
+    made = upcycle_run(run, folder, num_thoughts, thoughts_per_token, tokenizer=tokenizer,
+                       log=click.echo, **given)
+    click.echo(f"{made.folder}: go on with sprout-lab train mot --resume_from {made.folder}")
+
+# %% ../nbs/cli.ipynb #1f6b1401
+def _finetune_settings() -> list:
+    from sprout_lab.trainers.adapters import AdapterConfig
+    run = [spec for section, cls in sections.items() for spec in settings_fields(cls, section)]
+    return [*settings_fields(AdapterConfig, "adapter"), *run]
+
+@cli.command("finetune", cls=Drawn, settings=_finetune_settings)
+@click.argument("run", metavar="[RUN|FOLDER|GGUF]", required=False)
+@_quiet
+def _finetune_command(run, flags, quiet):
+    """Teach a trained model something else through an adapter (LoRA). The run that it makes is
+    evaluated, drawn, generated from and exported like any; --resume_from continues it."""
+    from sprout_lab.families import family_of
+    from sprout_lab.trainers.adapters import AdapterConfig, make_finetuner
+    shape = {name: flags.pop(name) for name in list(flags) if name in AdapterConfig.model_fields}
+    trainer = make_finetuner(run, family_of, flags, AdapterConfig(**shape), log=_log(quiet))
+    with trainer.run.lock(): trainer.train()
+    click.echo(f"run: {trainer.run.folder}")
+
+# %% ../nbs/cli.ipynb #fda87e92
+@cli.command("cloud", context_settings={**_context, "ignore_unknown_options": True})
+@click.argument("way", metavar="vertex|vm|colab")
+@click.argument("command", metavar="COMMAND…", nargs=-1, type=click.UNPROCESSED)
+@click.option("--accelerator", default="T4", show_default=True, help="T4, L4, V100, A100, H100.")
+@click.option("--job_name", default="sprout-lab", show_default=True, help="Name of the job.")
+@click.option("--region", default="us-central1", show_default=True, help="Vertex AI's region.")
+@click.option("--source", metavar="URL|NAME",
+              help="What pip installs the lab from there [this package's repository].")
+@click.option("--job_dir", default="cloud", show_default=True, metavar="DIR",
+              help="Folder for the files.")
+def _cloud_command(way, command, accelerator, job_name, region, source, job_dir):
+    """Write the files of a job that runs COMMAND, such as `train mot --train_file gs://…`, on a
+    rented machine, and print the line that starts it. No cloud is called."""
+    from sprout_lab.cloud import CloudJob, package_source, write_job
+    job = CloudJob(tuple(command), source or package_source(), accelerator, job_name, region)
+    files, line = write_job(way, job, job_dir)
+    for file in files: click.echo(f"written: {file}")
+    click.echo(line)
+
 # %% ../nbs/cli.ipynb #2abe49e6
 @cli.command("families")
 def _families_command():
@@ -628,8 +696,8 @@ def _runs_show(run, root):
     checkpoints = Run(folder).checkpoints
     for step in Run(folder).steps():
         checkpoint = Run(folder).step_folder(step)
-        names = [n
-                 for n in ("best", "latest") if (checkpoints / n).resolve() == checkpoint.resolve()]
+        names = [name for name in ("best", "latest")
+                 if (checkpoints / name).resolve() == checkpoint.resolve()]
         state = damage(checkpoint) or "whole"
         click.echo(f"{'checkpoint':<20} {checkpoint.name:<12} {human(disk_use(checkpoint)):>9}  "
                    f"{state} {' '.join(names)}")
@@ -656,6 +724,32 @@ def _runs_disk(root):
     for f in found: click.echo(f"{human(f['disk_bytes']):>10}  {f['folder']}")
     click.echo(f"{human(sum(f['disk_bytes'] for f in found)):>10}  in all")
 
+# %% ../nbs/cli.ipynb #3d4d6f7a
+def _serving(module: str, name: str):
+    "A name of the serving room; a `ConfigError` where its packages are missing."
+    from importlib import import_module
+    try: return getattr(import_module(f"sprout_lab.serving.{module}"), name)
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("sprout_lab"): raise
+        raise ConfigError(f"the package {error.name} is not installed, and serving needs it; "
+                          "`pip install \"sprout-lab[serve]\"` installs it") from None
+
+def _bench_serve(only, output) -> None:
+    wrong = [text for text in only if not (text.isascii() and text.isdigit() and 0 < int(text) < 1000)]
+    if wrong: raise ConfigError(f"only={wrong[0]!r}: a number of clients, 1 to 999, is needed")
+    clients = [int(text) for text in only] or [1, 8, 32, 128]
+    _serving("load", "bench_serve")(clients, output=output, log=click.echo)
+
+def _serve_settings() -> list: return settings_fields(_serving("registry", "ServerConfig"))
+
+@cli.command("serve", cls=Drawn, settings=_serve_settings, aliases={})
+@click.argument("paths", metavar="[NAME=]RUN...", nargs=-1, required=True)
+def _serve_command(paths, flags):
+    """Serve runs, checkpoints, Hugging Face folders and ternary exports to OpenAI's clients, with a
+    page for people. On this machine only, unless --host and a key are given."""
+    serve, config = _serving("server", "serve"), _serving("registry", "ServerConfig")
+    serve(paths, config(**flags), log=_to_stderr)
+
 # %% ../nbs/cli.ipynb #826a7fbf
 @cli.command("bench")
 @click.argument("family", default="transformer")
@@ -668,8 +762,11 @@ def _runs_disk(root):
 @click.option("--output", metavar="FILE", help="Write the table as JSON too.")
 @_quiet
 def _bench_command(family, peers, only, repeats, output, quiet):
-    "Ratios of a family against named peers, side by side in one run, in CPU time."
+    """Ratios of a family against named peers, side by side in one run, in CPU time; `bench serve`
+    measures the server against plain `generate` (--only N: with N clients)."""
+    if family == "serve": return _bench_serve(only, output)
     from sprout_lab.families import get_family
+    from sprout_lab.progress import without_progress
     entry = get_family(family)
     if entry.benchmark is None:
         raise ConfigError(f"{family}: has no benchmark in its entry of the register")
@@ -680,12 +777,40 @@ def _bench_command(family, peers, only, repeats, output, quiet):
             raise ConfigError(f"peer={peer!r}: NAME=DIR is needed, with one of "
                               f"{', '.join(entry.benchmark.peers) or 'no names'}")
         folders[name] = folder
-    entry.benchmark(entry, peers=folders, only=only, repeats=repeats, output=output, log=click.echo)
+    with without_progress(quiet):
+        entry.benchmark(entry, peers=folders, only=only, repeats=repeats, output=output,
+                        log=click.echo)
+
+# %% ../nbs/cli.ipynb #53361a96
+def _drawn_except(*left_out):
+    "The specs of `ComparisonConfig` without some settings, which a command takes otherwise."
+    def specs():
+        from sprout_lab.laboratory.comparison import ComparisonConfig
+        return [s for s in settings_fields(ComparisonConfig) if s.name not in left_out]
+    return specs
+
+@cli.command("compare", cls=Drawn, settings=_drawn_except("families"))
+@click.argument("families", metavar="[FAMILY]", nargs=-1)
+@click.option("--no_pictures", is_flag=True, help="Leave the families' own pictures out.")
+@_quiet
+def _compare_command(families, no_pictures, flags, quiet):
+    """Train families under one budget and write a report; all of the register without a name.
+    Interrupted, or asked for one more family, it goes on where it was."""
+    from sprout_lab.laboratory.comparison import Comparison, ComparisonConfig, train_all
+    from sprout_lab.laboratory.report import (
+        cautions, groups, result_table, summarize, table_text, verdict, write_report)
+    comparison = Comparison(ComparisonConfig(families=list(families), **flags), log=_log(quiet))
+    train_all(comparison)
+    summary = summarize(comparison)
+    for objective in groups(comparison):
+        click.echo(f"\n{table_text(result_table(summary, objective))}")
+        click.echo(verdict(summary, objective))
+    if not quiet: click.echo("\n" + "\n".join(f"note: {line}" for line in cautions(summary)[1:-2]))
+    click.echo(f"report: {write_report(comparison, pictures=not no_pictures)}")
 
 # %% ../nbs/cli.ipynb #7221fb65
 NEEDED = ("torch", "transformers", "accelerate", "safetensors", "tokenizers", "tiktoken",
-          "datasets", "pydantic",
-          "click", "numpy", "matplotlib", "seaborn", "tensorboard", "ipywidgets")
+          "datasets", "click", "numpy", "matplotlib", "seaborn", "tqdm", "tensorboard", "ipywidgets")
 OPTIONAL = {"wandb": "W&B logging", "sentencepiece": "SentencePiece tokenizers",
             "lm_eval": "lm_eval tasks",
             "peft": "adapters", "triton": "GPU kernels", "jupyterlab": "notebooks on this machine"}
@@ -731,6 +856,22 @@ def _doctor_command():
     from sprout_lab.families import broken_plugins, families
     tell("families", ", ".join(families))
     for name, reason in broken_plugins.items(): tell("left out", f"{name}: {reason}")
+
+# %% ../nbs/cli.ipynb #guide-command
+@cli.command("guide")
+@click.argument("name", required=False, metavar="[NAME")
+@click.argument("step", required=False, type=int, metavar="[STEP]]")
+@click.option("--table", is_flag=True, help="Every line of the guide instead, and what runs it.")
+def _guide_command(name, step, table):
+    "Print a training guide's steps in this lab's commands, for copying."
+    from sprout_lab.training_guides import guide_names, guide_steps, guide_table, load_guide
+    if name is None:
+        for known in guide_names():
+            guide = load_guide(known)
+            click.echo(f"{known:<14} {guide.title}: {len(guide.steps)} steps, {guide.lines} lines")
+        return click.echo("sprout-lab guide NAME prints the steps; --table, every line")
+    guide = load_guide(name)
+    click.echo(guide_table(guide) if table else guide_steps(guide, step))
 
 # %% ../nbs/cli.ipynb #bbe3dfd7
 @cli.command("completion")

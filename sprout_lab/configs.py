@@ -13,6 +13,7 @@ __all__ = ['MISSING', 'sections', 'ALIASES', 'SWITCHES', 'VALUES', 'ConfigError'
 # %% ../nbs/configs.ipynb #c7c6b345
 import copy
 import difflib
+import functools
 import inspect
 import json
 import math
@@ -35,6 +36,10 @@ class ConfigError(Exception):
 
     def __init__(self, message: str):
         super().__init__(" ".join(str(message).split()))
+
+    def _render_traceback_(self) -> list[str]:
+        # what IPython asks for: the frames between a cell and here say nothing about a mistake
+        return [f"\x1b[31m{type(self).__name__}\x1b[0m: {self}"]
 
 # %% ../nbs/configs.ipynb #ec39e0db
 def nearest(name, known) -> str:
@@ -542,12 +547,16 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 # %% ../nbs/configs.ipynb #b00c58fd
+@functools.lru_cache(maxsize=1024)   # a panel reads the files of a hundred runs again and again
+def _load_yaml(text: str):
+    loader = _StrictLoader(text)
+    try: return loader.get_single_data()
+    finally: loader.dispose()
+
+
 def _parse_yaml(text: str, path):
     "YAML as plain data, by its safe loader; a key that stands twice is refused."
-    try:
-        loader = _StrictLoader(text)
-        try: return loader.get_single_data()
-        finally: loader.dispose()
+    try: return copy.deepcopy(_load_yaml(text))
     except ConfigError as error: raise ConfigError(f"{path}: {error}") from None
     except yaml.YAMLError as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
@@ -777,6 +786,7 @@ def resolve(family: str, model_settings, *, flags: dict | None = None, config: s
     configuration class (or its settings class); `presets` are read in order, later ones win.
     Unknown names, wrong values and impossible combinations are one-line `ConfigError`s. `content`:
     of the file `config`, where it was read before."""
+    follows = getattr(model_settings, "follows", ())   # (setting, what follows it unless said)
     model_settings = getattr(model_settings, "settings", model_settings)
     home = {name: section for section, cls in sections.items() for name in cls.model_fields}
     own = [name for name in model_settings.model_fields if name not in home]
@@ -788,7 +798,8 @@ def resolve(family: str, model_settings, *, flags: dict | None = None, config: s
     for level, (source, layer) in enumerate([*sources, ("flag", flags or {})]):
         layers.lay(level, source, layer)
     for winner, loser in (("num_epochs", "max_steps"), ("max_steps", "num_epochs"),
-                          ("warmup_steps", "warmup_ratio")): layers.set_aside(winner, loser)
+                          ("warmup_steps", "warmup_ratio"), *follows):
+        layers.set_aside(winner, loser)
     built = {name: layers.build(name, cls) for name, cls in sections.items()}
     if "max_position_embeddings" in own: _follow_window(layers, model_settings, built["data"])
     model = layers.build("model", model_settings).model_dump()

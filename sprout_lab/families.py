@@ -24,17 +24,22 @@ from .configs import (
 from .data.prepare import load_data
 from .data.tokenizers import load_tokenizer, register_tokenizers
 from .evaluation.benchmarks import Benchmark
+from .evaluation.mot_benchmarks import mot_benchmark
 from .evaluation.recurrent_benchmarks import hnet_benchmark, slm_benchmark
 from .evaluation.transformer_benchmarks import transformer_benchmark
 from .evaluation.tree_benchmarks import sprout_benchmark
 from .models.hnet import HNetBitConfig, HNetBitForCausalLM
+from .models.mot import MoTConfig, MoTForCausalLM
 from .models.slm import SimplifiedSLMForCausalLM, SLMConfig
 from .models.sprout import SproutConfig, SproutForCausalLM, SproutForMaskedLM
 from .models.transformer import TransformerConfig, TransformerForCausalLM
 from .objectives import Objective, get_objective
+from .remote import localized, mirror_of
 from .runs import Run, claim, find_checkpoint
 from .trainers.checkpoints import load_pretrained
 from .trainers.growth import EpochSummary, Growth
+from .trainers.mirror import Mirror
+from .trainers.thoughts import ThoughtHistory
 from .trainers.trainer import Trainer, seed_everything
 from .visualizers.style import Figure
 
@@ -182,6 +187,18 @@ register(Family(
     studies=("studies/sprout_study.py",),
     top_settings=("max_nodes", "compatibility_threshold", "growth", "hidden_size")))
 
+register(Family(
+    "mot", "Mixture of Thoughts", "A Transformer whose feed-forward layers are several thoughts; "
+                                  "a router picks a few for each token.",
+    MoTConfig, {"causal": MoTForCausalLM},
+    pictures={"branches": pictures.branches, "branch_load": pictures.branch_load,
+              "branch_similarity": pictures.branch_similarity,
+              "trajectories": pictures.trajectories, "attention": pictures.attention,
+              "surprise": pictures.surprise, "health": pictures.health},
+    callbacks=(ThoughtHistory,), benchmark=mot_benchmark, studies=("studies/mot_study.py",),
+    aliases=("mixture_of_thoughts",),
+    top_settings=("num_thoughts", "thoughts_per_token", "diversity_weight", "creativity")))
+
 register_tokenizers()
 
 # %% ../nbs/families.ipynb #22379431
@@ -191,11 +208,11 @@ def configure(family: str | None, flags: dict | None = None, *, config: str | No
               preset: str | None = None, size: str | None = None, log=print) -> RunConfig:
     """Everything that decides a run, checked: flag > file > preset > default. Without a preset or a
     size, the preset is nano."""
-    flags = dict(flags or {})
+    flags = localized(flags or {})   # what lies in a bucket is copied
     if config is not None and not user_path(config).exists():
         family, config, preset = _shipped_configuration(family, config, preset, log)
     config = config or _configuration_of_resumed(flags)
-    content = {} if config is None else read_settings(config)
+    content = {} if config is None else localized(read_settings(config))
     if flags.get("resume_from") and config and Path(config).name == "config.yaml":
         flags.setdefault("output_dir", content.get("output_dir"))
     entry = _named_family(family, content, config)
@@ -276,6 +293,7 @@ def make_trainer(run: RunConfig, *, data=None, extra_callbacks=(), log=print,
     data = data or objective.load_data(run)
     if notice := objective.notice(data): log(notice)
     own = [callback() for callback in get_family(run.family).callbacks]
+    if folder is not None and mirror_of(folder): own.append(Mirror())
     model = build_model(run, data)
     trainer = Trainer(model, data, run, callbacks, extra_callbacks=[*own, *extra_callbacks],
                       objective=objective, log=log)
@@ -313,8 +331,8 @@ def load_model(path, log=print, objective: str | None = None):
 def family_of(model) -> Family:
     "The family that a model belongs to, by its configuration."
     named = getattr(getattr(model, "config", None), "model_type", None)
-    owner = next((family
-                  for family in families.values() if family.config_class.model_type == named), None)
+    owner = next((family for family in families.values()
+                  if family.config_class.model_type == named), None)
     if owner is None:
         raise ConfigError(f"{type(model).__name__}: belongs to no family of the register "
                           f"({', '.join(families)})")

@@ -14,11 +14,12 @@ from tqdm import tqdm
 
 # %% ../nbs/progress.ipynb #d23ef265
 def progress_line(description: str, done: int, total: int | None, seconds: float,
-                  unit: str = "steps") -> str:
-    "One line of progress: `done` of `total` (none where that is unknown) after so many `seconds`."
+                  unit: str = "steps", start: int = 0) -> str:
+    """One line of progress: `done` of `total` (none where that is unknown) after so many `seconds`,
+    in which all but the first `start` were done."""
     if not total: return f"{description}: {done:,} {unit}, {seconds:.0f} s"
-    left = seconds / done * (total - done) if done else 0.0
-    rest = f", about {left:.0f} s to go" if 0 < done < total else ""
+    left = seconds / (done - start) * (total - done) if done > start else 0.0
+    rest = f", about {left:.0f} s to go" if start < done < total else ""
     share = f"{done:,} of {total:,} {unit} ({done / total:.0%})"
     return f"{description}: {share}, {seconds:.0f} s{rest}"
 
@@ -42,9 +43,12 @@ class Progress:
     """Shows how far work has come; call it with (done, total), or let `track` count.
 
     Where standard error is a terminal, a bar. Elsewhere, a line to `log` (none: standard error)
-    every `every` seconds. Within `without_progress`, nothing. Leaving the context removes the bar."""
+    every `every` seconds. Within `without_progress`, nothing. Leaving the context removes the bar.
+    `start`: what was done before, which the pace does not count."""
 
-    def __init__(self, description: str, unit: str = "steps", log=None, every: float = 10.0):
+    def __init__(self, description: str, unit: str = "steps", log=None, every: float = 10.0,
+                 start: int = 0):
+        self.start = start
         self.description, self.unit, self.log, self.every = description, unit, log, every
         self.begun = self.last = time.monotonic()
         self.bar = None
@@ -54,13 +58,14 @@ class Progress:
         if sys.stderr.isatty(): self._draw(done, total)
         elif time.monotonic() - self.last >= self.every:
             self.last = time.monotonic()
-            line = progress_line(self.description, done, total, self.last - self.begun, self.unit)
+            line = progress_line(self.description, done, total, self.last - self.begun, self.unit,
+                                 self.start)
             print(line, file=sys.stderr) if self.log is None else self.log(line)
 
     def _draw(self, done: int, total: int | None) -> None:
         if self.bar is None:
             self.bar = tqdm(desc=self.description, total=total, unit=f" {self.unit}", leave=False,
-                            file=sys.stderr, dynamic_ncols=True)
+                            file=sys.stderr, dynamic_ncols=True, initial=self.start)
         self.bar.total = total
         self.bar.update(done - self.bar.n)
 

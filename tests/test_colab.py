@@ -87,9 +87,9 @@ def test_links_and_badges(path):
     for key, value in (("{user}", user), ("{repo}", repo), ("{branch}", branch)):
         text = text.replace(key, value)
     ours = re.findall(r"colab\.research\.google\.com/github/([\w.-]+)/([\w.-]+)/blob/([\w.-]+)/([^\s)\"'#]+)", text)
-    ours += [found
-             for found in re.findall(r"github\.com/([\w.-]+)/([\w.-]+)/(?:blob|tree|raw)/([\w.-]+)/([^\s)\"'#]+)", text)
-             if repo in found[:2] or user in found[:2]]
+    files = re.findall(
+        r"github\.com/([\w.-]+)/([\w.-]+)/(?:blob|tree|raw)/([\w.-]+)/([^\s)\"'#]+)", text)
+    ours += [found for found in files if repo in found[:2] or user in found[:2]]
     for owner, name, at, target in ours:
         assert (owner, name, at) == (user, repo,
                                      branch), f"{owner}/{name}@{at}: settings.ini says {user}/{repo}@{branch}"
@@ -183,8 +183,8 @@ def clean(tmp_path_factory):
             run_sync(manager.shutdown_kernel)(now=True)
         outputs = [o for c in notebook.cells for o in c.get("outputs", [])]
         said = "".join(o.text for o in outputs if o.output_type == "stream")
-        assert not [o
-                    for o in outputs if o.get("name") == "stderr" or o.output_type == "error"], said
+        wrong = [o for o in outputs if o.get("name") == "stderr" or o.output_type == "error"]
+        assert not wrong, said
         assert not re.search(r"Warning|Traceback", said), said
         return said
     run.home = home

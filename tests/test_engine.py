@@ -205,8 +205,8 @@ def test_text_by_characters():
     model = build(vocab_size=tokenizer.vocab_size)
     text = generate_text(model, tokenizer, "ab", max_tokens=20, seed=0)[0]
     assert len(text) == 20 and set(text) <= set("abc \n")
-    assert "".join(p.text
-                   for p in stream_text(model, tokenizer, "ab", max_tokens=20, seed=0)) == text
+    pieces = stream_text(model, tokenizer, "ab", max_tokens=20, seed=0)
+    assert "".join(piece.text for piece in pieces) == text
     with pytest.raises(ConfigError, match="prompt is empty"):
         generate_text(model, tokenizer, "")
 
@@ -231,8 +231,8 @@ def test_stop_strings_wherever_they_fall(model):
                              stop=[stop]) == [want]
         pieces = list(stream_text(model, tokenizer, "x", max_tokens=40, seed=5, top_k=0, top_p=1.0,
                                   stop=[stop]))
-        assert "".join(p.text for p in pieces) == want and [p.finish
-                                                            for p in pieces if p.finish] == ["stop"]
+        assert "".join(p.text for p in pieces) == want
+        assert [p.finish for p in pieces if p.finish] == ["stop"]
 
 
 def test_repetition_penalty_as_hugging_face_has_it(model):

@@ -141,7 +141,8 @@ def test_mistakes_are_one_line(flags, says):
 
 def test_make_gpu_takes_the_machines_own_python():
     command = ["make", "--no-print-directory", "-n", "gpu", "DEVICE=cpu", "QUICK=1", "PYTHON=mine"]
-    inherited = {"MAKEFLAGS", "MFLAGS", "MAKELEVEL"}   # `make test` runs this under a make of its own
+    # `make test` runs this under a make of its own
+    inherited = {"MAKEFLAGS", "MFLAGS", "MAKELEVEL"}
     env = {name: value for name, value in os.environ.items() if name not in inherited}
     shown = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, check=True)
     assert shown.stdout.split()[:5] == ["mine", "tools/gpu.py", "--device", "cpu", "--quick"]
@@ -164,11 +165,21 @@ def test_a_run_that_was_cut_off_goes_on(tmp_path, monkeypatch):
     assert (again.step_folder(final) / "model.safetensors").exists()
 
 
+def test_only_what_is_imported_is_asked_for():
+    """The machines at hand have no pydantic, datasets, ipywidgets or seaborn; their absence stops
+    nothing."""
+    import gpu
+    assert not {"pydantic", "datasets", "ipywidgets", "seaborn", "pandas"} & set(gpu.NEEDED)
+    requirements = (root / "settings.ini").read_text()
+    names = {"yaml": "pyyaml"}
+    assert all(f"    {names.get(name, name)}>=" in requirements for name in gpu.NEEDED)
+
+
 def test_an_embedded_corpus_trains_without_what_a_bare_machine_lacks(tmp_path):
     "Neither data sets, widgets nor figures' extras are needed to train and to evaluate."
     code = f'''
 import sys
-for name in ("datasets", "ipywidgets", "IPython", "seaborn", "pandas", "scipy", "tensorboard", "wandb",
+for name in ("pydantic", "datasets", "ipywidgets", "IPython", "seaborn", "pandas", "scipy", "tensorboard", "wandb",
              "lm_eval", "fastcore", "click"): sys.modules[name] = None
 from sprout_lab.evaluation.evaluator import Evaluator
 from sprout_lab.families import configure, make_trainer

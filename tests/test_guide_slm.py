@@ -73,6 +73,11 @@ def here(stories, tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
+def experiment_with(model: dict) -> None:
+    "Write the guide's experiment file, with another model in it."
+    Path("experiment.json").write_text(json.dumps(EXPERIMENT | {"model": model}))
+
+
 EXPERIMENT = {
     "experiment_name": "my_experiment",
     "model": {"config_file": "configs/slm_base.json", "type": "flat"},
@@ -188,19 +193,13 @@ def test_the_custom_configuration(here):
                  "train hnet --model-config custom.json"):
         values(line, expected)
     for kind in ("hierarchical", "hnet_bit", "hnet"):
-        Path("experiment.json").write_text(json.dumps(EXPERIMENT
-                                                      | {"model": {"config_file": "custom.json",
-                                                                   "type": kind}}))
+        experiment_with({"config_file": "custom.json", "type": kind})
         values("train --config experiment.json",
                expected | {"batch_size": 16, "sequence_length": 512})
-    Path("experiment.json").write_text(json.dumps(EXPERIMENT
-                                                  | {"model": {"type": "hierarchical",
-                                                               "config_file": "configs/hnet_bit_1stage.json"}}))
+    experiment_with({"type": "hierarchical", "config_file": "configs/hnet_bit_1stage.json"})
     values("train --config experiment.json",
            {"type": "hnet", "d_model": [256, 384], "max_steps": 10000})
-    Path("experiment.json").write_text(json.dumps(EXPERIMENT
-                                                  | {"model": {"config_file": "custom.json",
-                                                               "type": "flat"}}))
+    experiment_with({"config_file": "custom.json", "type": "flat"})
     # a hierarchy's shape for a flat model
     assert "slm has no such setting" in refused("train --config experiment.json --dry_run")
     assert "keep one" in refused("train slm --config my_experiment.json --model_config "
@@ -322,9 +321,7 @@ def test_direct_training_and_resumption(here):
 
 
 def test_the_hierarchical_model_from_beginning_to_end(here):
-    Path("experiment.json").write_text(json.dumps(EXPERIMENT
-                                                  | {"model": {"config_file": "custom.json",
-                                                               "type": "hierarchical"}}))
+    experiment_with({"config_file": "custom.json", "type": "hierarchical"})
     shell(f"train --config experiment.json --max_steps 2 {SMALL_HNET}")
     results = json.loads(Path("checkpoints/my_experiment/results/evaluation_results.json").read_text())
     assert results["bits_per_byte"] > 3

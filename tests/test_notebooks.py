@@ -12,8 +12,8 @@ NOTEBOOKS = sorted(p for folder in ("nbs", "colab")
                    for p in (root / folder).rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 GUIDES = sorted((root / "nbs/guides").glob("*.ipynb"))
 LARGEST = 1_000_000
-# a warning as Python prints it, a traceback, a path of the machine that ran it
-UNWANTED = re.compile(r"\b\w*Warning: |\bWARNING\b|Traceback \(most recent call "
+# a warning as Python prints it, a traceback, a bar that stood still, a path of the machine that ran it
+UNWANTED = re.compile(r"\b\w*Warning: |it/s\]|\bWARNING\b|Traceback \(most recent call "
                       r"last\)|/(?:work|root|home|tmp|Users|site-packages)/[\w.-]+")
 
 

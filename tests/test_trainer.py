@@ -139,8 +139,8 @@ def test_resuming_an_earlier_step_does_not_overwrite_the_later_ones(tmp_path, da
     fork = trainer(tmp_path / "run", data, said=said,
                    resume_from=str(run.folder / "checkpoints" / "step_10.pt"))
     fork.train()
-    assert fork.run.folder != run.folder and sorted(p.name
-                                                    for p in run.checkpoints.iterdir()) == before
+    assert fork.run.folder != run.folder
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == before
     assert any("continued in" in line for line in said)
 
 

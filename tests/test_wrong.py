@@ -208,10 +208,8 @@ def test_wrong_journals(tmp_path, monkeypatch, journal):
     key = json.loads((tmp_path / "data" / "stats.json").read_text())["key"]
     for name in ("stats.json", *whole): (tmp_path / "data" / name).unlink()
     (tmp_path / "data" / ".prepare").mkdir()
-    (tmp_path / "data" / ".prepare" / "journal.json").write_text(journal
-                                                                 if isinstance(journal, str)
-                                                                 else json.dumps({"key": key}
-                                                                                 | journal))
+    if not isinstance(journal, str): journal = json.dumps({"key": key} | journal)
+    (tmp_path / "data" / ".prepare" / "journal.json").write_text(journal)
     for name in ("train.part", "train.bin"):
         (tmp_path / "data" / ".prepare" / name).write_bytes(whole["train.bin"][:-9] + b"x" * 9)
     said = shell("prepare", "--input", "text.txt", "--output", "data")

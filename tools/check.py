@@ -29,10 +29,9 @@ def in_step() -> None:
     print("== notebooks, library and README are in step", flush=True)
     listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=root,
                             capture_output=True, text=True, check=True).stdout.split("\n")
-    files = [f
-             for f in listed if f and (root / f).is_file()
-             and f.startswith(("nbs/", "colab/", "sprout_lab/", "tools/", "settings.ini",
-                               "pyproject.toml", "setup.py", "README.md"))]
+    parts = ("nbs/", "colab/", "sprout_lab/", "tools/", "settings.ini", "pyproject.toml",
+             "setup.py", "README.md")
+    files = [f for f in listed if f.startswith(parts) and (root / f).is_file()]
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
         for f in files:
@@ -57,6 +56,9 @@ if __name__ == "__main__":
     run("no undefined and no unused names", "ruff", "check", "--quiet", "--select", names,
         "sprout_lab", "tools", "tests", "studies")
     run("a page can be read", sys.executable, "tools/measure.py")
-    run("notebooks", "nbdev-test", "--n-workers", "1", "--skip-folder-re", "^guides$")
-    run("tests", sys.executable, "-m", "pytest", *sys.argv[1:])
+    # a process per core, each with one thread; more than four only crowd each other's memory
+    processes = str(min(os.cpu_count() or 1, 4))
+    run("notebooks", "nbdev-test", "--n-workers", processes, "--skip-folder-re", "^guides$")
+    run("tests", sys.executable, "-m", "pytest", "-n", processes, "--dist", "loadfile",
+        *sys.argv[1:])
     print(f"== all of it in {(time.time() - started) / 60:.1f} minutes", flush=True)

@@ -11,10 +11,41 @@ import sys
 
 from readme import address, root
 
+from sprout_lab.configs import settings_fields
 from sprout_lab.data.corpora import corpora
 from sprout_lab.families import SIZES, families
+from sprout_lab.objectives import get_objective
 
 TEMPLATE = root / "tools" / "colab_template.ipynb"
+
+
+def own_settings(family) -> dict[str, str]:
+    """The family's own settings of the register as lines of Colab's form: those that are a number
+    or a choice."""
+    specs = {spec.name: spec for spec in settings_fields(family.config_class)}
+    form = {}
+    for name in family.top_settings:
+        spec = specs[name]
+        if spec.choices:
+            form[name] = f'"auto"  #@param {json.dumps(["auto", *spec.choices])}'
+        elif spec.type is int: form[name] = '0  #@param {type:"integer"}'
+        elif spec.type is float: form[name] = '0.0  #@param {type:"number"}'
+    return {name: f"{name.upper()} = {line}" for name, line in form.items()}
+
+
+def words_of(family) -> dict[str, str]:
+    "What is said of a family by what its models learn."
+    objective, own = get_objective(family.objective), own_settings(family)
+    writes = objective.continues_text
+    verb = "let it write" if writes else "let it fill gaps"
+    command = "generate --model_path" if writes else "draw"
+    compressors = " The dashed lines are\ncompressors on the same text." if writes else ""
+    pairs = "".join(f',\n            "{name}": {name.upper()}' for name in own)
+    listed = ", ".join(f"`{name.upper()}`" for name in own)
+    return {"verb": verb, "unit": f"**{objective.unit}**", "baselines": compressors,
+            "takes": f"`sprout-lab {command}`",
+            "own_form": "".join(f"{line}\n" for line in own.values()), "own_settings": pairs,
+            "own_words": f" The family's own:\n{listed}." if own else ""}
 
 
 def facts(name: str) -> dict[str, str]:
@@ -25,15 +56,20 @@ def facts(name: str) -> dict[str, str]:
     pages = [(f"nbs/guides/{name}.ipynb", "The guide"),
              (f"nbs/models/{name}.ipynb", "The model, built piece by piece")]
     links = [f"- {title}: [{page}]({at}/{page})" for page, title in pages if (root / page).exists()]
+    colab = "https://colab.research.google.com/github/"
+    colab += f"{where['user']}/{where['repo']}/blob/{where['branch']}/colab"
+    others = [f"[{other.title}]({colab}/{key}.ipynb)" for key, other in families.items()
+              if key != name]
+    links.append(f"- The same with another family: {', '.join(others)}")
     grows = "growth_warmup" in family.config_class.settings.model_fields
     return {
-        **where, "name": name, "title": family.title, "summary": family.summary,
+        **where, **words_of(family), "name": name, "title": family.title, "summary": family.summary,
         "data": family.default_data,
         "prompt": {"shakespeare": "ROMEO:", "tales": "Once upon a time"}.get(family.default_data,
                                                                              "The "),
         "gpu_size": sizes[min(1, len(sizes) - 1)], "cpu_size": sizes[0],
         "size_menu": json.dumps(["auto", *sizes]), "corpus_menu": json.dumps(list(corpora)),
-        "corpora": " or ".join(f"`{corpus}`" for corpus in corpora), "links": "\n".join(links),
+        "corpora": ", ".join(f"`{corpus}`" for corpus in corpora), "links": "\n".join(links),
         "quick": ',\n                 "growth_warmup": 8, "growth_interval": 8' if grows else ""}
 
 

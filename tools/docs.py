@@ -27,7 +27,7 @@ from traitlets.config import Config
 
 ROOMS = {"guides": "Guides", "models": "Models", "data": "Data", "trainers": "Training",
          "evaluation": "Evaluation", "decoding": "Decoding",
-         "panels": "Panels", "visualizers": "Pictures", "kernels": "Kernels", "": "The house"}
+         "panels": "Panels", "laboratory": "Laboratory", "visualizers": "Pictures", "kernels": "Kernels", "": "The house"}
 # the order of the guides; others follow
 FIRST = ("start", "transformer", "slm", "hnet", "sprout", "mot", "tslm", "compare", "add_a_family")
 STYLE = """
@@ -116,8 +116,8 @@ class Shown(Preprocessor):
                 cell.cell_type, cell.source = "markdown", "\n\n".join(names)
             elif cell.cell_type == "markdown": cell.source = prose(cell.source, resources["place"])
             else:
-                cell.outputs = [shown
-                                for output in merged(cell.outputs) if (shown := plain(output))]
+                pages = [plain(output) for output in merged(cell.outputs)]
+                cell.outputs = [page for page in pages if page]
             cells.append(cell)
         notebook.cells = cells
         return notebook, resources

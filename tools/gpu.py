@@ -20,7 +20,7 @@ from pathlib import Path
 
 root = Path(__file__).resolve().parent.parent
 NEEDED = ("torch", "transformers", "accelerate", "safetensors", "tokenizers", "tiktoken", "numpy",
-          "pydantic", "yaml", "regex", "matplotlib", "tqdm", "filelock")
+          "yaml", "regex", "matplotlib", "tqdm", "filelock")
 USEFUL = {"triton": "kernels for a GPU", "pytest": "the tests marked cuda",
           "fla": "a peer of the scan"}
 LIMITS = {"checks": 240, "kernels": 300, "training": 600, "decoding": 300, "enwik8": 3600,

@@ -726,8 +726,9 @@ class CorpusCard:
     divide: Callable | None = None  # makes documents of the text
 
 # %% ../../nbs/data/corpora.ipynb #48a86446
-_WIKITEXT_FILES = tuple((split, f"wikitext-2/wiki.{name}.raw.gz") for split, name in
-                        (("train", "train"), ("validation", "valid"), ("test", "test")))
+_WIKITEXT_PARTS = {"train": "train", "validation": "valid", "test": "test"}
+_WIKITEXT_FILES = tuple((split, f"wikitext-2/wiki.{name}.raw.gz")
+                        for split, name in _WIKITEXT_PARTS.items())
 
 corpora: dict[str, CorpusCard] = {
     "shakespeare": CorpusCard(

@@ -889,8 +889,8 @@ class SentencePieceTokenizer(PreTrainedTokenizer):
 
     def _decode(self, token_ids, skip_special_tokens=False, **kwargs) -> str:
         hidden = set(self.all_special_ids) if skip_special_tokens else ()
-        return self.model.decode([i
-                                  for i in _as_ids(token_ids, self.vocab_size) if i not in hidden])
+        ids = _as_ids(token_ids, self.vocab_size)
+        return self.model.decode([i for i in ids if i not in hidden])
 
     def fingerprint(self) -> str:
         "SHA-256 over the model's file."

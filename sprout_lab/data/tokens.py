@@ -140,8 +140,8 @@ class TokenWriter:
             allowed = f"a token file holds ids of vocabularies from 1 to {2**32:,}"
             raise ConfigError(f"vocab_size={vocab_size}: {allowed}")
         self.path = Path(path)
-        self.part_path = Path(part_path
-                              or self.path.with_name(f".{self.path.name}.{os.getpid()}.part"))
+        own_name = f".{self.path.name}.{os.getpid()}.part"
+        self.part_path = Path(part_path or self.path.with_name(own_name))
         self.facts = dict(dtype=token_dtype(vocab_size), num_tokens=0, num_bytes=0, num_documents=0,
                           vocab_size=int(vocab_size), fingerprint=fingerprint, checksum=0,
                           name=name)

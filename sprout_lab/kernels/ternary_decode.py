@@ -662,12 +662,14 @@ def _checked_ids(ids: Tensor, vocabulary: int) -> list[int]:
         raise IndexError(f"ids {tokens}: the model knows 0 to {vocabulary - 1}")
     return tokens
 
-def _check_states(states: list, shapes: list, batch: int, dtype: torch.dtype) -> None:
+def _check_states(states: list, shapes: list, batch: int, like: Tensor) -> None:
+    "`like`: a tensor of the model, whose dtype and device they have."
     if len(states) != len(shapes):
         raise ValueError(f"there are {len(states)} states; the model has {len(shapes)}")
     for k, (state, shape) in enumerate(zip(states, shapes)):
         check_shape(f"states[{k}]", state, (batch, *shape))
-        wanted = dtype if shape else torch.bool
+        check_device(f"states[{k}]", state, like)
+        wanted = like.dtype if shape else torch.bool
         if state.dtype == wanted: continue
         raise ValueError(f"states[{k}] is {described(state)}; it must be of {wanted}")
 
@@ -721,7 +723,7 @@ class TernaryStep:
         """Whether C takes the states, which are checked unless they are like those of the step
         before."""
         if self._known[0] == batch and self._known[1].matches(states): return True
-        _check_states(states, self._shapes, batch, self.dtype)
+        _check_states(states, self._shapes, batch, self.embedding)
         if not all(t.is_cpu and t.is_contiguous() and t.data_ptr() for t in states): return False
         self._known = batch, Layout(states)
         return True

@@ -91,13 +91,15 @@ class Training:
         self.run, self.data, self.callbacks, self.log = run, data, list(callbacks), log
         self.on_trainer, self.on_end = on_trainer, on_end
         self.trainer = self.error = None
-        self.stopping = threading.Event()
+        self.stopping, self.ended = threading.Event(), False
         self.thread = threading.Thread(target=self._work, daemon=True, name="sprout-lab training")
 
     def start(self) -> None: self.thread.start()
 
     @property
-    def running(self) -> bool: return self.thread.is_alive()
+    def running(self) -> bool:
+        "Whether it trains; what `on_end` does afterwards leaves the model alone."
+        return self.thread.is_alive() and not self.ended
 
     def stop(self) -> None:
         self.stopping.set()
@@ -106,11 +108,12 @@ class Training:
     def wait(self, timeout: float | None = None) -> bool:
         "Wait until it has ended; whether it has."
         self.thread.join(timeout)
-        return not self.running
+        return not self.thread.is_alive()
 
     def _work(self) -> None:
         try: self._train()
         except Exception as error: self.error = error
+        self.ended = True
         self.on_end(self)
 
     def _train(self) -> None:

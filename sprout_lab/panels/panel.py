@@ -134,6 +134,7 @@ class KeptData:
 class _PanelState:
     "What a panel says: its `state` and `message`, the command, the runs on the disk."
 
+    @one_at_a_time
     def enter(self, state: str, message: str | None = None) -> None:
         "Go into a state: ready, running, measuring, stopping, stopped, finished or failed."
         self.state = state
@@ -151,6 +152,7 @@ class _PanelState:
         self.error = error
         self.enter("failed", error_words(error))
 
+    @one_at_a_time
     def log(self, *words) -> None: self.enter(self.state, " ".join(map(str, words)))
 
     @one_at_a_time
@@ -165,12 +167,16 @@ class _PanelState:
 
     @one_at_a_time
     def look_for_runs(self) -> None:
-        "Offer the runs of this family that are on the disk, the unfinished ones first."
+        """Offer the runs of this family that are on the disk: the one in `output_dir` first, then
+        the unfinished ones."""
         written = self.controls["output_dir"].value
         self.runs.root = Path(written).parent if written else Path("runs")
         runs = [facts for facts in family_runs(self.runs.root, self.family.name)
                 if not is_training(facts["folder"])]
-        runs.sort(key=lambda facts: facts["step"] >= (facts["max_steps"] or 0))
+        def order(facts) -> tuple:
+            here = bool(written) and Path(facts["folder"]).resolve() == Path(written).resolve()
+            return not here, facts["step"] >= (facts["max_steps"] or 0)
+        runs.sort(key=order)
         self.shown.offer.options = [(f"continue {run_label(facts)}", facts["folder"])
                                     for facts in runs]
         if runs: self.shown.offer.value = runs[0]["folder"]
@@ -214,6 +220,7 @@ class _PanelRuns(_PanelState):
         self.training.start()
         tell_panels()
 
+    @one_at_a_time
     def _there(self, training: Training) -> None:
         trainer = training.trainer
         self.kept.keep(training.run, trainer.data)
@@ -221,7 +228,9 @@ class _PanelRuns(_PanelState):
         parameters = sum(p.numel() for p in trainer.model.parameters())
         self.log(f"{parameters:,} parameters on {trainer.data.name}, in {trainer.run.folder}")
 
+    @one_at_a_time
     def _ended(self, training: Training) -> None:
+        if training is not self.training: return         # the next one has begun
         if training.error is not None: self.refuse(training.error)
         else: self.enter(*_end_words(training.trainer))
         if self.reset_after: self._clear()
@@ -323,6 +332,7 @@ class _PanelMore(_PanelButtons):
 
     @property
     def running(self) -> bool:
+        "Whether it trains or measures."
         return any(work is not None and work.running for work in (self.training, self.measuring))
 
     def wait(self, timeout: float | None = None) -> bool:
@@ -353,17 +363,17 @@ class Panel(_PanelMore):
     a run that failed."""
 
     def __init__(self, family: str, preset: str | None = None, resume_from=None, **settings):
-        self.form, self.view, self.handling = Form(family, preset,
-                                                   settings), RunView(), threading.RLock()
-        self.family, self.controls, self.preset = (self.form.family, self.form.controls,
-                                                   self.form.preset)
-        self.config, self.set = self.form.config, self.form.set
+        self.form, self.view = Form(family, preset, settings), RunView()
+        self.family, self.controls = self.form.family, self.form.controls
+        self.preset, self.config, self.set = self.form.preset, self.form.config, self.form.set
         self.training = self.measuring = self.error = self.folder = self.settings = None
         self.earlier, self.kept, self.between, self.live = (EarlierRuns(), KeptData(), Between(),
                                                             Live(screen=self.view))
         self.state, self.message, self.reset_after = "ready", "", False
         self.inside = LookInside(self.family, self._model, self._perform)
         self.runs = RunList("runs", self.family.name, self.go_on, self.look_for_runs)
+        # one lock for all: two threads that take two in different orders wait for each other
+        self.handling = self.form.handling = self.runs.handling = threading.RLock()
         actions = {"Run": self.run, "Stop": self.stop, "Resume": self.resume, "Reset": self.reset,
                    "Measure": self.measure, "Continue": lambda: self.go_on(self.shown.offer.value),
                    "Stop it": lambda: stop_others(self)}

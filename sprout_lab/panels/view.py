@@ -15,13 +15,14 @@ import ipywidgets as widgets
 from ..metrics import evaluation_mode
 from .background import error_words
 from .controls import one_at_a_time, problem_html, push_button
-from .live import Record, Throttle, plot_record, progress_html
+from .live import (Record, Throttle, evaluations_html, plot_record,
+                                    progress_html)
 from ..visualizers.style import new_figure
 from ..visualizers.tree import plot_tree
 
 # %% ../../nbs/panels/view.ipynb #ba6d7624
 CURVES = {"score": None, "learning rate": "learning_rate", "gradient norm": "grad_norm",
-          "tokens per second": "tokens_per_second"}
+          "tokens/s": "tokens_per_second"}
 
 def wrapping_row(*children, **layout) -> widgets.HBox:
     "Widgets beside each other, in as many lines as they need."
@@ -35,11 +36,11 @@ class _CurveChoices:
     def __init__(self, changed):
         narrow = lambda width: widgets.Layout(width=width)
         small = lambda words: widgets.HTML(f'<span style="font-size:12px;opacity:.75;margin:0 4px '
-                                           f'0 8px">{words}</span>')
-        self.curve = widgets.Dropdown(options=list(CURVES), layout=narrow("10em"))
-        self.x = widgets.Dropdown(options=["step", "tokens", "seconds"], layout=narrow("7em"))
+                                           f'0 2px">{words}</span>')
+        self.curve = widgets.Dropdown(options=list(CURVES), layout=narrow("8.8em"))
+        self.x = widgets.Dropdown(options=["step", "tokens", "seconds"], layout=narrow("6em"))
         self.smoothing = widgets.FloatSlider(0, min=0, max=0.98, step=0.02, readout=False,
-                                             layout=narrow("6.5em"))
+                                             layout=narrow("4.6em"))
         self.log_scale = widgets.Checkbox(False, indent=False, layout=narrow("1.6em"))
         self.box = wrapping_row(self.curve, small("over"), self.x, small("smooth"), self.smoothing,
                         small("log"), self.log_scale)
@@ -62,23 +63,23 @@ def text_html(title: str, text: str) -> str:
 
 # %% ../../nbs/panels/view.ipynb #ea0a228b
 class RunView:
-    """What is seen of a run: `table`, `picture`, `tree` and `sample` in `box`. It is a `Screen`
-    for `Live`; `earlier` are the records that stay as pale lines, by name."""
+    """What is seen of a run: `progress`, `picture`, `table`, `tree` and `sample` in `box`. It is
+    a `Screen` for `Live`; `earlier` are the records that stay as pale lines, by name."""
 
     def __init__(self):
-        self.handling, parts = (threading.RLock(),
-                                [widgets.HTML(layout=widgets.Layout(width="auto"))
-                                 for _ in range(4)])
-        self.table, self.picture, self.tree, self.sample = parts
+        self.handling = threading.RLock()
+        self.parts = [widgets.HTML(layout=widgets.Layout(width="auto")) for _ in range(5)]
+        self.progress, self.picture, self.table, self.tree, self.sample = self.parts
         self.choices = _CurveChoices(self.draw)
-        self.box = widgets.VBox([self.table, self.choices.box, *parts[1:]])
+        # the curve comes before the table, whose rows would push it out of a small window
+        self.box = widgets.VBox([self.progress, self.choices.box, *self.parts[1:]])
         self.clear()
 
     def clear(self) -> None:
         "Show nothing."
         self.record, self.facts, self.earlier, self.drawn = Record(), {}, {}, 0
         self.table_throttle, self.figure_throttle = Throttle(), Throttle()
-        for part in (self.table, self.picture, self.tree, self.sample): part.value = ""
+        for part in self.parts: part.value = ""
         self.choices.box.layout.display = "none"
 
     def update(self, record: Record, facts: dict, always: bool = False) -> None:
@@ -93,7 +94,8 @@ class RunView:
 
     def show_table(self) -> None:
         facts, record = self.facts | {"state": None}, self.record     # the panel says the state
-        self.table.value = progress_html(facts, record.validation, 4, record.metric, record.unit)
+        self.progress.value = progress_html(facts, metric=record.metric, unit=record.unit)
+        self.table.value = evaluations_html(record.validation, 4, record.metric, record.unit)
 
     @one_at_a_time
     def draw(self) -> None:

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PretrainedDecoder', 'decoding_engine', 'read_on', 'read_scored', 'PromptReader', 'RunningBatch', 'QueueFull',
-           'SchedulerLimits', 'deliver_directly', 'Scheduler', 'SchedulerThread', 'fail_all']
+           'SchedulerLimits', 'deliver_directly', 'check_request', 'Scheduler', 'SchedulerThread', 'fail_all']
 
-# %% ../../nbs/serving/scheduler.ipynb #ef5b40a6
+# %% ../../nbs/serving/scheduler.ipynb #8bac26e2
 import threading
 import traceback
 from collections import deque
@@ -22,7 +22,7 @@ from .prefixes import PrefixCache, copy_row
 from .sequences import (
     Delta, GenerationRequest, Sequence, choose_tokens, explain_tokens)
 
-# %% ../../nbs/serving/scheduler.ipynb #bfd51959
+# %% ../../nbs/serving/scheduler.ipynb #47461f85
 class PretrainedDecoder:
     "A causal model of `transformers`, with full attention, as the decoding engine wants it."
 
@@ -43,7 +43,8 @@ class PretrainedDecoder:
     training = property(lambda self: self.model.training)
     def eval(self): return self.model.eval()
     def train(self): return self.model.train()
-    def __call__(self, *args, **kwargs): return self.model(*args, **kwargs)
+    def forward(self, *args, **kwargs): return self.model(*args, **kwargs)
+    __call__ = forward
 
     def make_cache(self, batch_size: int | None = None, capacity: int | None = None):
         "An empty cache with room for `capacity` columns."
@@ -57,7 +58,7 @@ def decoding_engine(model) -> Engine:
                           "model is needed")
     return Engine(model if hasattr(model, "make_cache") else PretrainedDecoder(model))
 
-# %% ../../nbs/serving/scheduler.ipynb #63349cf3
+# %% ../../nbs/serving/scheduler.ipynb #b61884e3
 def read_on(engine: Engine, known: DecodingState, ids: list[int], piece: int):
     "Iterate over the state of a known beginning (left as it is) after each piece of `ids` more."
     state = engine.fork(known)
@@ -80,7 +81,7 @@ def read_scored(engine: Engine, ids: list[int], piece: int, top: int, scores: li
         cache = output.past_key_values
         yield DecodingState(output.logits[:, -1].clone(), lengths, cache, None, done, done)
 
-# %% ../../nbs/serving/scheduler.ipynb #d8bb2c86
+# %% ../../nbs/serving/scheduler.ipynb #7e844720
 class PromptReader:
     """The queue of requests. `read(places)` reads one piece of what is first in it. `piece`: tokens
     read per turn."""
@@ -145,7 +146,7 @@ class PromptReader:
             self.read_tokens += len(other.prompt)
             places -= len(other.seeds)
 
-# %% ../../nbs/serving/scheduler.ipynb #c4b68701
+# %% ../../nbs/serving/scheduler.ipynb #3fe66bcd
 class RunningBatch:
     "The `sequences` that are being written, row by row of `state`."
 
@@ -201,7 +202,7 @@ class RunningBatch:
                 self.tokens = self.tokens[torch.tensor(rows, device=self.tokens.device)]
         return left
 
-# %% ../../nbs/serving/scheduler.ipynb #13fb4dac
+# %% ../../nbs/serving/scheduler.ipynb #8dd882c4
 class QueueFull(Exception):
     "No further request is taken; the queue is as long as it may be."
 
@@ -218,7 +219,24 @@ def deliver_directly(deltas: list[tuple[GenerationRequest, Delta]]) -> None:
     "Call each request's `receive` in the thread that runs the model."
     for request, delta in deltas: request.receive(delta)
 
-# %% ../../nbs/serving/scheduler.ipynb #2fcca931
+# %% ../../nbs/serving/scheduler.ipynb #64cd1746
+def check_request(engine: Engine, limits: SchedulerLimits, request: GenerationRequest) -> None:
+    "A `ConfigError` for a request that cannot be served."
+    prompt, vocabulary = request.prompt, engine.model.config.vocab_size
+    check_prompts([prompt], [len(prompt)], vocabulary)
+    room = None if engine.max_length is None else engine.max_length + 1
+    if room is not None and len(prompt) + max(1, request.max_tokens) > room:
+        raise ConfigError(f"the prompt has {len(prompt)} tokens and max_tokens is "
+                          f"{request.max_tokens}: together at most {room}; shorten one")
+    if len(request.seeds) > limits.max_rows:
+        raise ConfigError(f"{len(request.seeds)} samples of a prompt: at most {limits.max_rows} "
+                          "are written at once; ask for fewer")
+    wrong = [token for token in request.logit_bias if not 0 <= token < vocabulary]
+    if wrong:
+        raise ConfigError(f"logit_bias: token id {wrong[0]}; the model knows 0 to "
+                          f"{vocabulary - 1}")
+
+# %% ../../nbs/serving/scheduler.ipynb #cd243e47
 def _joined(scheduler, state: DecodingState, requests: list[GenerationRequest]):
     "Take prompts that have been read into the batch, a row per sample; deltas of those that end."
     deltas, rows, sequences = [], [], []
@@ -254,7 +272,7 @@ def _let_go(scheduler):
         tell(sequence.request, [sequence.index])
     return deltas
 
-# %% ../../nbs/serving/scheduler.ipynb #f1d4b23f
+# %% ../../nbs/serving/scheduler.ipynb #afbb37ee
 class Scheduler:
     """Writes the texts of many requests in one batch with `model` and `tokenizer`. `deliver` is
     called with a list of `(request, Delta)` per turn; `log` with a line when something broke."""
@@ -270,25 +288,9 @@ class Scheduler:
         self.changed, self.closing, self.thread = threading.Condition(), False, None
         self.turns = self.written_tokens = self.failures = 0
 
-    def check(self, request: GenerationRequest) -> None:
-        "A `ConfigError` for a request that cannot be served."
-        prompt, vocabulary = request.prompt, self.engine.model.config.vocab_size
-        check_prompts([prompt], [len(prompt)], vocabulary)
-        limit, rows = self.engine.max_length, self.limits.max_rows
-        if limit is not None and len(prompt) + max(1, request.max_tokens) - 1 > limit:
-            raise ConfigError(f"the prompt has {len(prompt)} tokens and max_tokens is "
-                              f"{request.max_tokens}: together at most {limit + 1}; shorten one")
-        if len(request.seeds) > rows:
-            raise ConfigError(f"{len(request.seeds)} samples of a prompt: at most {rows} are "
-                              "written at once; ask for fewer")
-        wrong = [t for t in request.logit_bias if not 0 <= t < vocabulary]
-        if wrong:
-            raise ConfigError(f"logit_bias: token id {wrong[0]}; the model knows 0 to "
-                              f"{vocabulary - 1}")
-
     def submit(self, *requests: GenerationRequest) -> None:
         "Put requests into the queue, all or none: `QueueFull` where there is no room."
-        for request in requests: self.check(request)
+        for request in requests: check_request(self.engine, self.limits, request)
         with self.changed:
             waiting = len(self.reader.waiting) + len(requests)
             if self.closing or waiting > self.limits.max_waiting + self.free: raise QueueFull
@@ -317,7 +319,7 @@ class Scheduler:
         if deltas: self.deliver(deltas)
         self.batch.step()
 
-# %% ../../nbs/serving/scheduler.ipynb #c41f145a
+# %% ../../nbs/serving/scheduler.ipynb #8c7f910f
 class SchedulerThread:
     "Runs a `Scheduler`'s turns in a thread of its own, from `start` to `close`."
 

@@ -351,6 +351,7 @@ class Console(Callback):
         self.batches = None
 
     def on_start(self, trainer):
+        self.steps.start = trainer.step    # a run that is continued has come that far
         if sys.stderr.isatty(): trainer.log = _above_the_bars(trainer.log)
         facts = trainer.facts()["model_info"]
         self.say(trainer, f"{facts['family']}, {facts['parameters']:,} parameters, on "

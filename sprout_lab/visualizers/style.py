@@ -88,8 +88,10 @@ def _inks(artist):
             yield artist.set_markerfacecolor, to_rgba(artist.get_markerfacecolor())
             yield artist.set_markeredgecolor, to_rgba(artist.get_markeredgecolor())
     elif isinstance(artist, Patch):
-        yield artist.set_facecolor, artist.get_facecolor()
-        yield artist.set_edgecolor, artist.get_edgecolor()
+        face, edge = artist.get_facecolor(), artist.get_edgecolor()
+        artist.set_alpha(None)     # a legend's own would show its paper where the page has none
+        yield artist.set_facecolor, face
+        yield artist.set_edgecolor, edge
     elif isinstance(artist, Collection):
         faces, edges = np.asarray(artist.get_facecolor()), np.asarray(artist.get_edgecolor())
         if len(edges) and not np.array_equal(edges, faces): yield artist.set_edgecolor, edges
@@ -172,8 +174,13 @@ class Figure(MatplotlibFigure):
 
 # %% ../../nbs/visualizers/style.ipynb #db595d5f
 _numbers = itertools.count()
+# the page's paper, by the names that notebooks and documentation give it
+_PAPER = ("var(--jp-layout-color0,var(--vscode-editor-background,"
+          "var(--colab-primary-surface-color,var(--md-default-bg-color,Canvas))))")
 _HOVER_RULES = ("<style>.sprout-hover g{visibility:hidden;pointer-events:none}"
-                ".sprout-hover:hover g{visibility:visible}</style>")
+                ".sprout-hover:hover g{visibility:visible}"
+                f".sprout-hover "
+                f"text{{paint-order:stroke;stroke:{_PAPER};stroke-width:4px}}</style>")
 
 def _page_svg(figure: Figure) -> str:
     "A figure as inline SVG in the style `page`."
@@ -213,9 +220,9 @@ def _strips(figure, width: float, height: float, ax, xs, texts) -> str:
     for (x, text), start, end in zip(inside, edges, edges[1:]):
         lines = text.split("\n")
         words = ""
-        for above, line in enumerate(reversed(lines)):
-            height_of_line = f'x="{left + 6:.1f}" y="{bottom - 7 - 12 * above:.1f}"'
-            words += f"<text {height_of_line}>{html.escape(line)}</text>"
+        for above, line in zip(range(len(lines) - 1, -1, -1), lines):
+            place = f'x="{left + 6:.1f}" y="{bottom - 7 - 12 * above:.1f}"'
+            words += f"<text {place}>{html.escape(line)}</text>"
         strips.append(
             f'<g class="sprout-hover"><rect x="{start:.2f}" y="{top:.1f}" fill="none" '
             f'width="{max(0, end - start):.2f}" height="{bottom - top:.1f}" pointer-events="all"/>'

@@ -133,8 +133,8 @@ def cuda_tests(report: Report, settings: Settings) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "--cuda", "-p",
                "no:cacheprovider", "tests/test_triton.py" if settings.quick else "tests"]
     shown = subprocess.run(command, cwd=root, capture_output=True, text=True)
-    counts = {word: int(number) for number, word in
-              re.findall(r"(\d+) (passed|failed|error|skipped)", shown.stdout)}
+    found = re.findall(r"(\d+) (passed|failed|error|skipped)", shown.stdout)
+    counts = {word: int(number) for number, word in found}
     failed = counts.get("failed", 0) + counts.get("error", 0)
     if shown.returncode not in (0, 5) and not failed: failed = 1      # pytest itself broke
     if not failed and not counts.get("passed"):

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 root = Path(__file__).resolve().parent.parent.parent
-PACKAGES = ("torch", "triton", "transformers", "accelerate", "safetensors", "numpy", "pydantic",
+PACKAGES = ("torch", "triton", "transformers", "accelerate", "safetensors", "numpy",
             "flash-linear-attention")
 
 

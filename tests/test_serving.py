@@ -1,0 +1,542 @@
+"""The server, asked by real clients: OpenAI's, lm-eval, browsers, and those that misbehave."""
+import asyncio
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from laws import perturbed
+
+pytest.importorskip("fastapi", reason="serving needs the extra `serve`")
+pytest.importorskip("uvicorn", reason="serving needs the extra `serve`")
+import httpx  # noqa: E402
+import openai  # noqa: E402
+from hypothesis import HealthCheck, given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+from shell import refused  # noqa: E402
+
+from sprout_lab.data.tokenizers import ByteTokenizer  # noqa: E402
+from sprout_lab.decoding.sampling import generate_text  # noqa: E402
+from sprout_lab.models.slm import SimplifiedSLMForCausalLM, SLMConfig  # noqa: E402
+from sprout_lab.models.transformer import (  # noqa: E402
+    TransformerConfig, TransformerForCausalLM)
+from sprout_lab.serving.protocol import ChatRequest, CompletionRequest  # noqa: E402
+from sprout_lab.serving.registry import ServerConfig  # noqa: E402
+from sprout_lab.serving.server import ServerThread  # noqa: E402
+
+SHAPE = dict(hidden_size=32, num_hidden_layers=2, vocab_size=256)
+TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
+
+
+def save(model, folder, tokenizer=None):
+    model.save_pretrained(folder)
+    (tokenizer or ByteTokenizer()).save_pretrained(folder)
+    return folder
+
+
+def attention_model(room: int = 512):
+    torch.manual_seed(0)
+    return perturbed(TransformerForCausalLM(TransformerConfig(**SHAPE,
+                                                              max_position_embeddings=room)))
+
+
+def llama_with_a_template(folder):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<s>": 0, "</s>": 1, **{c: k + 2 for k, c in enumerate(alphabet)}}
+    inner = Tokenizer(models.BPE(vocabulary, []))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>")
+    tokenizer.chat_template = TEMPLATE
+    torch.manual_seed(1)
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(vocabulary), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=512, bos_token_id=0, eos_token_id=1))
+    return save(model, folder, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("served")
+    torch.manual_seed(0)
+    recurrent = perturbed(SimplifiedSLMForCausalLM(SLMConfig(**SHAPE)), scale=0.1)
+    return {"attention": save(attention_model().float(), root / "attention"),
+            "recurrent": save(recurrent.float(), root / "recurrent"),
+            "llama": llama_with_a_template(root / "llama")}
+
+
+@pytest.fixture(scope="module")
+def server(folders):
+    with ServerThread(folders.values()) as running: yield running
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+
+
+def alone(server, name, prompt, **options):
+    "The text that the lab writes without a server."
+    scheduler = server.registry.get(name).scheduler
+    model = scheduler.engine.model
+    return generate_text(model, scheduler.tokenizer, prompt,
+                         **{"top_k": 0, "top_p": 1.0, **options})[0]
+
+
+def gauge(server, name, model="attention") -> float:
+    text = httpx.get(f"{server.url}/metrics").text
+    line = next(x for x in text.splitlines() if x.startswith(f'sprout_lab_{name}{{model="{model}"'))
+    return float(line.split()[-1])
+
+
+def wait_until(true, seconds: float = 20.0):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "this did not come true in time"
+        time.sleep(0.02)
+
+
+# The API, through the client that everyone has
+
+@pytest.mark.parametrize("name", ["attention", "recurrent"])
+def test_the_openai_client_gets_what_the_lab_writes(server, client, name):
+    options = dict(max_tokens=30, temperature=0.8, seed=5)
+    expected = alone(server, name, "To be", **options)
+    whole = client.completions.create(model=name, prompt="To be", **options)
+    assert whole.choices[0].text == expected and whole.choices[0].finish_reason == "length"
+    assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (5, 30)
+    pieces = list(client.completions.create(model=name, prompt="To be", stream=True,
+                                            stream_options={"include_usage": True}, **options))
+    assert "".join(p.choices[0].text for p in pieces if p.choices) == expected
+    assert pieces[-1].usage.total_tokens == 35 and not pieces[-1].choices
+
+
+def test_the_async_client_streams(server):
+    async def read():
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
+            async def one(k):
+                stream = await client.completions.create(model="attention", prompt=f"{k}", seed=k,
+                                                         max_tokens=20, stream=True)
+                return "".join([p.choices[0].text async for p in stream])
+            return await asyncio.gather(*map(one, range(6)))
+    texts = asyncio.run(read())
+    for k, text in enumerate(texts):
+        assert text == alone(server, "attention", f"{k}", seed=k, max_tokens=20, temperature=1.0)
+
+
+def test_several_samples_and_prompts(server, client):
+    answer = client.completions.create(model="attention", prompt=["ab", "cd"], n=2, seed=3,
+                                       max_tokens=8)
+    assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
+    model = server.registry.get("attention").scheduler.engine.model
+    expected = generate_text(model, ByteTokenizer(), ["ab", "cd"], num_samples=2, seed=3, top_k=0,
+                             max_tokens=8, top_p=1.0)
+    assert [choice.text for choice in answer.choices] == expected
+    ids = client.completions.create(model="attention", prompt=[[97, 98], [99, 100]], n=2, seed=3,
+                                    max_tokens=8)
+    assert [choice.text for choice in ids.choices] == expected
+
+
+def test_best_of_is_the_likeliest(client):
+    options = dict(model="attention", prompt="x", seed=1, max_tokens=6, logprobs=0)
+    all_of_them = client.completions.create(n=5, **options).choices
+    best = client.completions.create(n=1, best_of=5, **options).choices
+    scores = {c.text: sum(c.logprobs.token_logprobs) for c in all_of_them}
+    assert [c.text for c in best] == [max(scores, key=scores.get)]
+
+
+def test_echo_scores_the_prompt_as_one_forward_pass(server, client):
+    text = "It was the best of times"
+    answer = client.completions.create(model="attention", prompt=text, echo=True, max_tokens=1,
+                                       logprobs=3, temperature=0).choices[0]
+    assert answer.text.startswith(text) and answer.logprobs.text_offset[3] == 3
+    ids = torch.tensor([list(text.encode())])
+    with torch.no_grad():
+        model = server.registry.get("attention").scheduler.engine.model
+        scores = model(ids, use_cache=False).logits[0].log_softmax(-1)
+    assert answer.logprobs.token_logprobs[0] is None
+    for k in range(1, len(text)):
+        assert abs(answer.logprobs.token_logprobs[k] - scores[k - 1, ids[0, k]].item()) < 1e-4
+        best = max(answer.logprobs.top_logprobs[k].values())
+        assert abs(best - scores[k - 1].max().item()) < 1e-4
+
+
+def test_biases_penalties_and_stops(server, client):
+    def text(**options):
+        return client.completions.create(model="attention", prompt="q", max_tokens=24,
+                                         temperature=0, **options).choices[0]
+    assert text(logit_bias={"122": 100}).text == "z" * 24
+    varied = text(frequency_penalty=2, presence_penalty=2, logit_bias={"122": 6})
+    assert varied.text.count("z") < 24
+    stopped = text(logit_bias={"122": 100}, stop=["zzz"])
+    assert (stopped.text, stopped.finish_reason) == ("", "stop")
+    everything = alone(server, "attention", "q", max_tokens=24, temperature=0)
+    assert text(stop=everything[5:8]).text == everything[:everything.index(everything[5:8])]
+
+
+def test_chat_where_there_is_a_template(server, client):
+    talk = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
+    options = dict(max_tokens=12, temperature=0.9, seed=4)
+    expected = alone(server, "llama", "system: Be brief.\nuser: Hello\nassistant:", **options)
+    reply = client.chat.completions.create(model="llama", messages=talk, logprobs=True,
+                                           top_logprobs=2, **options)
+    assert reply.choices[0].message.content == expected
+    assert len(reply.choices[0].logprobs.content) == reply.usage.completion_tokens
+    pieces = list(client.chat.completions.create(model="llama", messages=talk, stream=True,
+                                                 **options))
+    assert pieces[0].choices[0].delta.role == "assistant"
+    assert "".join(p.choices[0].delta.content or "" for p in pieces) == expected
+    with pytest.raises(openai.BadRequestError, match="no chat template"):
+        client.chat.completions.create(model="attention", messages=talk)
+
+
+def test_models_and_their_cards(server, client):
+    assert [m.id for m in client.models.list()] == ["attention", "recurrent", "llama"]
+    assert client.models.retrieve("llama").chat is True
+    with pytest.raises(openai.NotFoundError, match="attention"):
+        client.completions.create(model="atention", prompt="a")
+
+
+def test_a_known_beginning_is_not_read_again(server, client):
+    text = "It is a truth universally acknowledged, that a single man. " * 6
+    first = client.completions.create(model="recurrent", prompt=text, max_tokens=3, temperature=0)
+    again = client.completions.create(model="recurrent", prompt=text + "So", max_tokens=3)
+    same = client.completions.create(model="recurrent", prompt=text, max_tokens=3, temperature=0)
+    assert again.usage.prompt_tokens_details.cached_tokens == len(text)
+    assert same.choices[0].text == first.choices[0].text
+
+
+# Many at once
+
+def test_alone_and_among_thirty_one_others(server, client):
+    """Mixed lengths, settings and families at once: each text is the one that is made alone."""
+    rng = random.Random(0)
+    def request(k):
+        prompt = "".join(rng.choice("abcde fgh") for _ in range(rng.randrange(1, 300)))
+        return dict(model=["attention", "recurrent", "llama"][k % 3], prompt=prompt, seed=k,
+                    max_tokens=rng.randrange(1, 80), temperature=rng.choice([0, 0.7, 1.0]))
+    requests = [request(k) for k in range(32)]
+    with ThreadPoolExecutor(32) as pool:
+        texts = list(pool.map(lambda r: client.completions.create(**r).choices[0].text, requests))
+    for request, text in zip(requests, texts):
+        options = {k: v for k, v in request.items() if k not in ("model", "prompt")}
+        assert text == alone(server, request["model"], request["prompt"], **options)
+
+
+def test_a_client_that_goes_away_frees_its_place(server):
+    body = dict(model="attention", prompt="a", max_tokens=400)
+    for stream in (True, False):
+        with socket.create_connection(server.url.removeprefix("http://").split(":")) as raw:
+            content = json.dumps({**body, "stream": stream}).encode()
+            raw.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+                        b"Content-Type: application/json\r\nContent-Length: "
+                        + str(len(content)).encode() + b"\r\n\r\n" + content)
+            wait_until(lambda: gauge(server, "running") == 1)
+            if stream: assert raw.recv(100).startswith(b"HTTP/1.1 200")
+        wait_until(lambda: gauge(server, "running") == 0)
+    assert server.registry.get("attention").scheduler.written_tokens < 10**6
+
+
+def test_a_full_queue_says_when_to_come_back(folders):
+    config = ServerConfig(port=0, max_rows=1, max_waiting=1)
+    with ServerThread([folders["attention"]], config) as server:
+        body = dict(prompt="a", max_tokens=400)
+        def ask(_): return httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
+        with ThreadPoolExecutor(8) as pool: replies = list(pool.map(ask, range(8)))
+    refused_ones = [r for r in replies if r.status_code == 429]
+    assert refused_ones and any(r.status_code == 200 for r in replies)
+    for reply in refused_ones:
+        assert int(reply.headers["retry-after"]) >= 1
+        assert reply.json()["error"]["code"] == "queue_full"
+
+
+def test_a_slow_reader_holds_no_place(folders):
+    """It reads nothing while its text is written; the text ends, and the next one is served."""
+    config = ServerConfig(port=0, max_rows=1, read_seconds=2)
+    with ServerThread([folders["attention"]], config) as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        slow = socket.create_connection((host, int(port)))
+        content = json.dumps(dict(prompt="a", max_tokens=300, stream=True, logprobs=20)).encode()
+        slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: "
+                     b"application/json\r\nContent-Length: " + str(len(content)).encode()
+                     + b"\r\n\r\n" + content)
+        quick = httpx.post(f"{server.url}/v1/completions", json=dict(prompt="b", max_tokens=5),
+                           timeout=60)
+        assert quick.status_code == 200
+        slow.close()
+
+
+def test_time_is_bounded(folders):
+    config = ServerConfig(port=0, request_seconds=0.05)
+    with ServerThread([folders["attention"]], config) as server:
+        reply = httpx.post(f"{server.url}/v1/completions", json=dict(prompt="a", max_tokens=500),
+                           timeout=60)
+        assert (reply.status_code, reply.json()["error"]["code"]) == (504, "timeout")
+        assert gauge(server, "running") == 0
+
+
+# What must be refused
+
+def test_a_key_is_asked_for(folders):
+    with ServerThread([folders["attention"]], ServerConfig(port=0, api_key="sesame")) as server:
+        right = openai.OpenAI(base_url=f"{server.url}/v1", api_key="sesame", max_retries=0)
+        assert right.completions.create(model="attention", prompt="a").choices
+        wrong = openai.OpenAI(base_url=f"{server.url}/v1", api_key="sesam", max_retries=0)
+        with pytest.raises(openai.AuthenticationError): wrong.models.list()
+        assert httpx.get(f"{server.url}/metrics").status_code == 401
+        assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
+
+
+def test_nothing_of_the_inside_is_told(server, folders):
+    for path in ("/", "/health", "/v1/models", "/nothing", "/metrics", "/docs"):
+        reply = httpx.get(server.url + path)
+        assert "server" not in reply.headers and "access-control-allow-origin" not in reply.headers
+        for secret in ("Traceback", str(folders["attention"].parent), "uvicorn", "fastapi"):
+            assert secret not in reply.text
+    evil = httpx.post(f"{server.url}/v1/completions", content='{"prompt": "a"}',
+                      headers={"content-type": "text/plain", "origin": "https://evil.example"})
+    assert evil.status_code == 415
+    assert httpx.get(server.url, headers={"host": "evil.example"}).status_code == 403
+
+
+def test_bounds(folders):
+    config = ServerConfig(port=0, max_body_bytes=1000, max_n=2, max_prompt_tokens=50, max_tokens=9)
+    with ServerThread([folders["attention"]], config) as server:
+        def ask(**body): return httpx.post(f"{server.url}/v1/completions", json=body)
+        assert ask(prompt="a" * 2000).status_code == 413
+        for body in (dict(prompt="a" * 60), dict(prompt="a", n=3), dict(prompt="a", max_tokens=10)):
+            reply = ask(**body)
+            assert reply.status_code == 400 and reply.json()["error"]["message"]
+        def parts():
+            for _ in range(50): yield b"x" * 100
+        chunked = httpx.post(f"{server.url}/v1/completions", content=parts(),
+                             headers={"content-type": "application/json"})
+        assert chunked.status_code == 413
+
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner,
+                                                                max_size=3), max_leaves=6)
+_WRONG = st.sampled_from(["wrong type", "out of range", "unknown", "missing", "no object", "bytes"])
+
+
+def _out_of_range(field: str):
+    return {"temperature": 2.5, "top_p": 0, "top_k": -1, "n": 0, "seed": 2**64, "max_tokens": -1,
+            "presence_penalty": 3, "frequency_penalty": -3, "logprobs": 21, "best_of": 0,
+            "top_logprobs": 21, "max_completion_tokens": 0}.get(field, {"unheard": 1})
+
+
+@pytest.fixture(scope="module")
+def raw(server):
+    with httpx.Client(base_url=server.url, timeout=30) as client: yield client
+
+
+@settings(max_examples=500, deadline=None, derandomize=True,
+          suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_five_hundred_malformed_requests(raw, data):
+    """Fuzzed from the schema of both bodies: each is refused with a 4xx in the API's form."""
+    path, kind, good = data.draw(st.sampled_from([
+        ("/v1/completions", CompletionRequest, {"model": "attention", "prompt": "a"}),
+        ("/v1/chat/completions", ChatRequest, {"model": "llama", "messages": [
+            {"role": "user", "content": "a"}]})]))
+    how, headers = data.draw(_WRONG), {"content-type": "application/json"}
+    field = data.draw(st.sampled_from(sorted(kind.model_fields)))
+    required = "prompt" if kind is CompletionRequest else "messages"
+    if how == "wrong type": content = {**good, field: {"unheard": data.draw(_JSON)}}
+    elif how == "out of range": content = {**good, field: _out_of_range(field)}
+    elif how == "unknown":
+        names = st.text(min_size=1, max_size=12).filter(lambda n: n not in kind.model_fields)
+        content = {**good, data.draw(names): data.draw(_JSON)}
+    elif how == "missing": content = {k: v for k, v in good.items() if k != required}
+    elif how == "no object": content = data.draw(_JSON.filter(lambda v: not isinstance(v, dict)))
+    else:
+        content = data.draw(st.binary(max_size=60))
+        name = data.draw(st.sampled_from(["content-type", "content-encoding", "accept", "x-odd"]))
+        headers[name] = data.draw(st.text("abc/=;\t 019é", max_size=20)).strip().encode("latin-1")
+    if how != "bytes": content = json.dumps(content).encode()
+    reply = raw.post(path, content=content, headers=headers)
+    assert 400 <= reply.status_code < 500, (reply.status_code, content, headers, reply.text)
+    error = reply.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"} and error["message"]
+
+
+def test_the_server_lives_after_broken_heads(server):
+    host, port = server.url.removeprefix("http://").split(":")
+    rng = random.Random(0)
+    for k in range(30):
+        with socket.create_connection((host, int(port)), timeout=10) as raw:
+            line = [b"GET / HTTP/9.9", b"\x00\xff", b"POST /v1/completions", b"GET /%00 HTTP/1.1",
+                    b"GET / HTTP/1.1\r\nContent-Length: -1", b"A" * 70000][k % 6]
+            junk = bytes(rng.randrange(256) for _ in range(40))
+            raw.sendall(line + b"\r\n" + junk + b"\r\n\r\n")
+            answer = raw.recv(200)
+            assert not answer or answer.split()[1].startswith(b"4")
+    assert httpx.get(f"{server.url}/health").status_code == 200
+
+
+# Processes: signals, kill -9, a run that is still being trained
+
+def _command(*words):
+    code = "from sprout_lab.cli import main; main()"
+    return [sys.executable, "-c", code, *map(str, words)]
+
+
+def _started(folder, *flags):
+    "(process, url) of `sprout-lab serve` once it answers."
+    process = subprocess.Popen(_command("serve", folder, "--port", "0", *flags), text=True,
+                               stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    for line in process.stderr:
+        if line.startswith("serving "): return process, line.split(" at ")[1].split()[0]
+    raise AssertionError(f"it did not start: {process.wait()}")
+
+
+def test_sigterm_drains_and_kill_is_survived(folders):
+    """A stream that runs when SIGTERM comes is written to its end, and the exit code is 0. After
+    kill -9 the same port serves again."""
+    process, url = _started(folders["attention"])
+    body = dict(prompt="a", max_tokens=300, stream=True)
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as reply:
+        lines = reply.iter_lines()
+        next(lines)
+        process.send_signal(signal.SIGTERM)
+        assert list(lines)[-2:] == ["data: [DONE]", ""]
+    assert process.wait(timeout=30) == 0
+    port = url.rsplit(":", 1)[1]
+    process, url = _started(folders["attention"], "--port", port)
+    process.kill()
+    process.wait()
+    process, again = _started(folders["attention"], "--port", port)
+    try:
+        assert again == url and httpx.get(f"{again}/health").json() == {"status": "ok"}
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as reply:
+            next(reply.iter_lines())
+            process.send_signal(signal.SIGTERM)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(timeout=5) in (0, 143)
+    finally: process.kill()
+
+
+def test_the_command_says_in_one_line_what_is_wrong(folders, tmp_path):
+    assert "no such run" in refused(f"serve {tmp_path / 'nowhere'}")
+    assert "needs a key" in refused(f"serve {folders['attention']} --host 0.0.0.0")
+    assert "cannot be listened on" in refused(f"serve {folders['attention']} --host 192.0.2.1 "
+                                              "--api_key k")
+    twice = refused(f"serve a={folders['llama']} a={folders['attention']}")
+    assert "two models of this name" in twice
+
+
+def test_served_while_it_trains_and_reloaded_when_best_changes(tmp_path):
+    """A run is served from its first checkpoint on; training goes on beside it; a reload takes the
+    new best, and what is being written then is written to its end by the old one."""
+    from sprout_lab.families import configure, make_trainer
+    flags = dict(output_dir=str(tmp_path / "run"), max_steps=20, eval_interval=10,
+                 save_interval=10, batch_size=4, sequence_length=32, hidden_size=32,
+                 num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+    trainer = make_trainer(configure("transformer", {k: str(v) for k, v in flags.items()},
+                                     log=lambda line: None), log=lambda line: None)
+    best = tmp_path / "run" / "checkpoints" / "best"
+    training = threading.Thread(target=trainer.train)
+    training.start()
+    wait_until(lambda: best.exists() or not training.is_alive(), 120)
+    with ServerThread([tmp_path / "run"]) as server:
+        def ask(): return httpx.post(f"{server.url}/v1/completions", timeout=60, json=dict(
+            prompt="a", max_tokens=5)).status_code
+        while training.is_alive(): assert ask() == 200
+        training.join()
+        step = server.registry.get("run").step
+        reply = httpx.post(f"{server.url}/v1/models/run/reload", json={}, timeout=60).json()
+        assert reply["step"] == 20 and reply["reloaded"] == (step != 20)
+        assert httpx.post(f"{server.url}/v1/models/run/reload",
+                          json={}).json()["reloaded"] is False
+        assert ask() == 200
+
+
+def test_a_ternary_export_is_served(tmp_path):
+    from sprout_lab.models.ternary import export_ternary
+    torch.manual_seed(0)
+    model = SimplifiedSLMForCausalLM(SLMConfig(**SHAPE))
+    (tmp_path / "packed").mkdir()
+    export_ternary(model.eval(), tmp_path / "packed")
+    ByteTokenizer().save_pretrained(tmp_path / "packed")
+    with ServerThread([tmp_path / "packed"]) as server:
+        options = dict(max_tokens=20, seed=2)
+        def ask(_):
+            body = dict(prompt="To be", **options)
+            reply = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
+            return reply.json()["choices"][0]["text"]
+        with ThreadPoolExecutor(6) as pool: texts = set(pool.map(ask, range(6)))
+        assert texts == {alone(server, "packed", "To be", temperature=1.0, **options)}
+
+
+# lm-eval over HTTP
+
+def test_lm_eval_finds_the_same_scores_as_in_this_process(server, folders, tmp_path):
+    lm_eval = pytest.importorskip("lm_eval", reason="needs lm_eval, an optional package")
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+    from sprout_lab.evaluation.harness import HarnessModel
+    from lm_eval.api.instance import Instance
+    assert lm_eval
+    scheduler = server.registry.get("attention").scheduler
+    own = HarnessModel(scheduler.engine.model, scheduler.tokenizer)
+    remote = LocalCompletionsAPI(
+        model="attention", base_url=f"{server.url}/v1/completions", tokenizer_backend="huggingface",
+        tokenizer=str(folders["attention"]), num_concurrent=1, max_length=512)
+    pairs = [("To be or", " not"), ("The question", " is this"), ("a", "b")]
+    def requests(): return [Instance("loglikelihood", {}, pair, k) for k, pair in enumerate(pairs)]
+    here, there = own.loglikelihood(requests()), remote.loglikelihood(requests())
+    for (score, greedy), (other, other_greedy) in zip(here, there):
+        assert abs(score - other) < 1e-3 and greedy == other_greedy
+    def texts(): return [Instance("generate_until", {}, (context, {
+        "until": ["\n\n"], "max_gen_toks": 12, "do_sample": False}), 0) for context, _ in pairs]
+    assert own.generate_until(texts()) == remote.generate_until(texts())
+
+
+# The page
+
+def test_the_page_in_a_browser(server, tmp_path):
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    chromium = next((p for p in ("/usr/bin/chromium", "/usr/bin/chromium-browser")
+                     if os.path.exists(p)), None)
+    if chromium is None: pytest.skip("needs chromium")
+    shots = os.environ.get("SCREENSHOTS", str(tmp_path))
+    with playwright.sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        for name, width, scheme in (("wide", 1200, "light"), ("phone", 375, "dark")):
+            page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+            problems, asked = [], []
+            page.on("pageerror", lambda error: problems.append(str(error)))
+            page.on("console", lambda m: m.type == "error" and problems.append(m.text))
+            page.on("request", lambda request: asked.append(request.url))
+            page.goto(server.url)
+            page.wait_for_selector("#models input")
+            page.fill("#seed", "1")
+            page.focus("#prompt")
+            page.keyboard.press("Control+Enter")             # by keyboard alone from here
+            page.wait_for_function("() => [...document.querySelectorAll('.facts')].length == 2 && "
+                                   "[...document.querySelectorAll('.facts')].every(f => "
+                                   "f.textContent.includes('ended by its length'))")
+            page.focus(".token[tabindex='0']")
+            for key in ("ArrowRight", "ArrowRight", "ArrowLeft"): page.keyboard.press(key)
+            assert page.locator(".why:visible tr").count() >= 2
+            assert "bits" in page.locator(".why:visible").inner_text()
+            written = page.locator(".text").first.inner_text()
+            assert written.startswith("Once upon a time") and len(written) > 60
+            page.wait_for_function("document.getElementById('load').textContent.includes('places')")
+            fits = "document.documentElement.scrollWidth <= document.documentElement.clientWidth"
+            assert page.evaluate(fits), "it scrolls sideways"
+            page.screenshot(path=f"{shots}/{name}.png", full_page=True)
+            assert not problems and all(url.startswith((server.url, "data:")) for url in asked)
+            page.close()
+        browser.close()
