@@ -16,6 +16,7 @@ from ..configs import ConfigError
 from ..models.sprout import trace
 from .panel import push_button
 from .playground import model_of
+from .view import wrapping_row
 from ..runs import Run, read_log
 from ..visualizers.attention import plot_attention
 from ..visualizers.style import Figure
@@ -104,8 +105,12 @@ class Ask:
         self.text.observe(lambda _: self.show(self.text.value), "value")
         self.level.observe(lambda _: self._show_attention(), "value")
         button = push_button("Ask", "search", lambda: self.show(self.text.value), "primary")
-        self.box = widgets.VBox([widgets.HBox([self.text, button]), self.message, self.tree,
-                                 widgets.HTML(_NOTE), self.level, self.attention])
+        half = widgets.Layout(flex="1 1 380px", min_width="0", width="auto")
+        looking = widgets.VBox([widgets.HTML(_NOTE), self.level, self.attention], layout=half)
+        # beside each other where there is room, below each other where there is none
+        answer = wrapping_row(widgets.VBox([self.tree], layout=half), looking)
+        answer.layout.align_items = "flex-start"
+        self.box = widgets.VBox([widgets.HBox([self.text, button]), self.message, answer])
         self.show(text)
 
     def _ipython_display_(self): display(self.box)

@@ -7,7 +7,6 @@ __all__ = ['EDGE', 'GROWTH_PAGE', 'tree_layout', 'plot_tree', 'growth_frames', '
            'plot_compatibility', 'plot_destinations']
 
 # %% ../../nbs/visualizers/tree.ipynb #26c95d98
-import base64
 import html
 import io
 import json
@@ -157,15 +156,15 @@ def _same_scale(axes, frames) -> None:
         ax.set_ylim(-deep - 0.5, 0.5)
 
 # %% ../../nbs/visualizers/tree.ipynb #1084eb29
-def _images(frames: list[dict]) -> list[bytes]:
-    "All frames as PNG of one size and scale."
+def _figures(frames: list[dict]) -> list[Figure]:
+    "All frames as figures of one size and scale."
     figures = []
     for frame in frames:
         figure, ax = new_figure(5.2, 4.2)
         plot_tree(frame["tree"], frame.get("usage"), title=f"step {frame['step']:,}", ax=ax)
         figures.append(figure)
     _same_scale([figure.axes[0] for figure in figures], frames)
-    return [_png(figure) for figure in figures]
+    return figures
 
 def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
@@ -175,7 +174,7 @@ def _png(figure: Figure) -> bytes:
 # %% ../../nbs/visualizers/tree.ipynb #68bdaf52
 GROWTH_PAGE = """<!doctype html><meta charset="utf-8"><title>%(title)s</title>
 <div style="font-family:sans-serif;max-width:720px"><h3>%(title)s</h3>
-<img id="picture" alt="the tree" style="max-width:100%%"><br>
+<div id="picture" role="img" aria-label="the tree" style="max-width:520px"></div>
 <button id="play" type="button">play</button>
 <input id="slider" type="range" min="0" max="%(last)d" value="0" style="width:60%%">
 step <span id="step"></span></div>
@@ -185,7 +184,7 @@ const root = document.currentScript.previousElementSibling;
 const get = id => root.querySelector("#" + id); let timer = null;
 function show(i) {
   get("slider").value = i; get("step").textContent = steps[i];
-  get("picture").src = "data:image/png;base64," + pictures[i];
+  get("picture").innerHTML = pictures[i];
 }
 function stop() { clearInterval(timer); timer = null; get("play").textContent = "play"; }
 get("slider").oninput = e => show(+e.target.value);
@@ -197,9 +196,10 @@ get("play").onclick = () => {
 show(pictures.length - 1); })();</script>"""
 
 def growth_html(frames: list[dict], title: str = "A growing tree") -> str:
-    "A page that replays the growth: the frames as pictures inside it, a slider, a play button."
+    """A page that replays the growth: the frames as pictures inside it, in the page's own ink, a
+    slider, a play button."""
     _check_frames(frames)
-    pictures = [base64.b64encode(image).decode() for image in _images(frames)]
+    pictures = [figure.svg() for figure in _figures(frames)]
     return GROWTH_PAGE % {
         "title": html.escape(title), "pictures": json.dumps(pictures), "last": len(frames) - 1,
         "steps": json.dumps([frame["step"] for frame in frames])}
@@ -209,7 +209,7 @@ def growth_gif(frames: list[dict], path, milliseconds: int = 700) -> None:
     "Write the growth as an animated GIF that stays a while on its last frame."
     from PIL import Image   # comes with matplotlib
     _check_frames(frames)
-    images = [Image.open(io.BytesIO(image)).convert("RGB") for image in _images(frames)]
+    images = [Image.open(io.BytesIO(_png(figure))).convert("RGB") for figure in _figures(frames)]
     pictures = [image.quantize(64) for image in images]
     duration = [milliseconds] * (len(pictures) - 1) + [4 * milliseconds]
     pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=duration, loop=0)
