@@ -27,7 +27,8 @@ from traitlets.config import Config
 
 ROOMS = {"guides": "Guides", "models": "Models", "data": "Data", "trainers": "Training",
          "evaluation": "Evaluation", "decoding": "Decoding",
-         "panels": "Panels", "laboratory": "Laboratory", "visualizers": "Pictures", "kernels": "Kernels", "": "The house"}
+         "panels": "Panels", "laboratory": "Laboratory", "visualizers": "Pictures",
+         "kernels": "Kernels", "": "The house"}
 # the order of the guides; others follow
 FIRST = ("start", "transformer", "slm", "hnet", "sprout", "mot", "tslm", "compare", "add_a_family")
 STYLE = """
