@@ -932,3 +932,51 @@ def _completion_command(shell):
     "Print the completion script of a shell: eval \"$(sprout-lab completion bash)\"."
     from click.shell_completion import get_completion_class
     click.echo(get_completion_class(shell)(cli, {}, "sprout-lab", "_SPROUT_LAB_COMPLETE").source())
+
+# %% ../nbs/cli.ipynb #1af27807
+@cli.command("search", cls=Drawn,
+             settings=_settings_of("sprout_lab.decoding.search", "SearchConfig"))
+@click.argument("model_path", metavar="RUN")
+@click.option("--prompt", default="\n", help="Text to continue [a new line].")
+@click.option("--reward", metavar="REWARD", default=None,
+              help="regex:…, json, json_schema:FILE, length:N, python:module.function, likelihood, "
+                   "spectral; a sum as 1*json + 0.1*likelihood.")
+@click.option("--samples", type=click.IntRange(0), default=3, show_default=True,
+              help="Texts of the posterior to print.")
+@click.option("--html", metavar="FILE", help="Write how the tree grew, as a page.")
+@click.option("--gif", metavar="FILE", help="Write how the tree grew, as a moving picture.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto",
+              show_default=True)
+def _search_command(model_path, prompt, reward, samples, html, gif, device, flags):
+    """Continue a text by looking ahead: write many, learn where it pays to go on, keep the best.
+    Ctrl-C ends it with the best so far."""
+    from sprout_lab.decoding.rewards import make_reward
+    from sprout_lab.decoding.search import SearchConfig, search
+    flags["stop"] = [text.replace("\\n", "\n") for text in flags.get("stop", [])]
+    config = SearchConfig(**flags)
+    if reward is not None: make_reward(reward)   # a misspelt one is found before the model is read
+    model, tokenizer, _ = _writer(model_path, device)
+    score = None if reward is None else make_reward(reward, model, tokenizer)
+    found = search(model, tokenizer, _as_utf8(prompt, "prompt"), score, config)
+    click.echo(found.text)
+    _report_search(found, samples)
+    for file, write in ((html, _tree_page), (gif, _tree_gif)):
+        if file is not None: write(found, user_path(file))
+
+# %% ../nbs/cli.ipynb #467539ad
+def _report_search(found, samples: int) -> None:
+    "What a search found and what it cost, to standard error."
+    cost, stopped = found.cost, " (stopped)" if found.interrupted else ""
+    _to_stderr(f"{found.method}{stopped}: reward {found.reward:.6g}, log p {found.logprob:.4g}; "
+               f"{len(found.completions)} texts, {found.nodes} nodes, {cost.tokens_evaluated} "
+               f"tokens "
+               f"read after {cost.prefix_tokens} of the prompt, {cost.seconds:.1f} s")
+    for text, weight in found.samples[:samples]: _to_stderr(f"  {weight:6.1%}  {text!r}")
+
+def _tree_page(found, file) -> None:
+    from sprout_lab.visualizers.tree import growth_html
+    file.write_text(growth_html(found.frames, title="A search"), encoding="utf-8")
+
+def _tree_gif(found, file) -> None:
+    from sprout_lab.visualizers.tree import growth_gif
+    growth_gif(found.frames, file)
