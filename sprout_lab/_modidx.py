@@ -4523,6 +4523,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'sprout_lab/serving/load.py'),
                                          'sprout_lab.serving.load.BenchServer.__init__': ( 'serving/load.html#benchserver.__init__',
                                                                                            'sprout_lab/serving/load.py'),
+                                         'sprout_lab.serving.load.BenchServer.cpu_seconds': ( 'serving/load.html#benchserver.cpu_seconds',
+                                                                                              'sprout_lab/serving/load.py'),
                                          'sprout_lab.serving.load.Timing': ('serving/load.html#timing', 'sprout_lab/serving/load.py'),
                                          'sprout_lab.serving.load.Timing.per_token': ( 'serving/load.html#timing.per_token',
                                                                                        'sprout_lab/serving/load.py'),
