@@ -432,6 +432,48 @@ def _talk_line(model, tokenizer, config, line: str) -> None:
     elif line.strip():
         _respond(objective_of(model), model, tokenizer, [_as_utf8(line, "the prompt")], config)
 
+# %% ../nbs/cli.ipynb #358c896d
+def _curriculum_settings() -> list:
+    from sprout_lab.families import get_family
+    return [spec for spec in _train_settings(get_family("tslm")) if spec.name != "output_dir"]
+
+@cli.command("curriculum", cls=Drawn, settings=_curriculum_settings, aliases=ALIASES)
+@click.option("--stage", required=True, metavar="NAME",
+              help="stage1_mcq, stage2_captioning, stage3_cot, stage4_sleep_cot, stage5_ecg_cot.")
+@click.option("--root", default="runs/curriculum", show_default=True, metavar="DIR",
+              help="Folder that holds the stages' runs.")
+@click.option("--hub", is_flag=True, help="The paper's data (hub, or files in --data_dir).")
+@click.option("--from_scratch", is_flag=True, help="Do not begin with the stage before.")
+@click.option("--config", metavar="FILE", help="YAML or JSON configuration.")
+@click.option("--preset", metavar="NAME", help="Shipped configuration.")
+@click.option("--size", metavar="NAME", help="nano, mini, small or base [nano].")
+@_quiet
+def _curriculum_command(flags, stage, root, hub, from_scratch, config, preset, size, quiet):
+    "Train a stage of the time-series curriculum, then judge its answers to the test questions."
+    from sprout_lab.curriculum import judge_stage, train_stage
+    run = train_stage(stage, root, flags, hub=hub, from_scratch=from_scratch, log=_log(quiet),
+                      config=config, preset=preset, size=size)
+    for name, value in judge_stage(stage, root, log=_log(quiet)).items():
+        click.echo(f"{name.replace('_', ' '):<16}{value:.4f}")
+    click.echo(f"run: {run.folder}")
+
+@cli.command("ablate")
+@click.option("--config", required=True, metavar="FILE",
+              help="A configuration with a section `ablation`: keys with lists of values.")
+@click.option("--output_dir", default="runs/ablation", show_default=True, metavar="DIR")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE",
+              help="A setting for all of them, such as max_steps=100.")
+@_quiet
+def _ablate_command(config, output_dir, settings, quiet):
+    "Train every combination of a grid over a configuration's keys: one table, one plot."
+    from sprout_lab.ablations import run_ablation
+    flags = {}
+    for setting in settings:
+        key, found, value = setting.partition("=")
+        if not found: raise ConfigError(f"set={setting!r}: KEY=VALUE is needed")
+        flags[key] = value
+    click.echo(str(run_ablation(config, output_dir, flags, log=_log(quiet))))
+
 # %% ../nbs/cli.ipynb #110697f3
 @cli.command("draw")
 @click.argument("run", metavar="RUN")
@@ -832,3 +874,51 @@ def _completion_command(shell):
     "Print the completion script of a shell: eval \"$(sprout-lab completion bash)\"."
     from click.shell_completion import get_completion_class
     click.echo(get_completion_class(shell)(cli, {}, "sprout-lab", "_SPROUT_LAB_COMPLETE").source())
+
+# %% ../nbs/cli.ipynb #1af27807
+@cli.command("search", cls=Drawn,
+             settings=_settings_of("sprout_lab.decoding.search", "SearchConfig"))
+@click.argument("model_path", metavar="RUN")
+@click.option("--prompt", default="\n", help="Text to continue [a new line].")
+@click.option("--reward", metavar="REWARD", default=None,
+              help="regex:…, json, json_schema:FILE, length:N, python:module.function, likelihood, "
+                   "spectral; a sum as 1*json + 0.1*likelihood.")
+@click.option("--samples", type=click.IntRange(0), default=3, show_default=True,
+              help="Texts of the posterior to print.")
+@click.option("--html", metavar="FILE", help="Write how the tree grew, as a page.")
+@click.option("--gif", metavar="FILE", help="Write how the tree grew, as a moving picture.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto",
+              show_default=True)
+def _search_command(model_path, prompt, reward, samples, html, gif, device, flags):
+    """Continue a text by looking ahead: write many, learn where it pays to go on, keep the best.
+    Ctrl-C ends it with the best so far."""
+    from sprout_lab.decoding.rewards import make_reward
+    from sprout_lab.decoding.search import SearchConfig, search
+    flags["stop"] = [text.replace("\\n", "\n") for text in flags.get("stop", [])]
+    config = SearchConfig(**flags)
+    if reward is not None: make_reward(reward)   # a misspelt one is found before the model is read
+    model, tokenizer, _ = _writer(model_path, device)
+    score = None if reward is None else make_reward(reward, model, tokenizer)
+    found = search(model, tokenizer, _as_utf8(prompt, "prompt"), score, config)
+    click.echo(found.text)
+    _report_search(found, samples)
+    for file, write in ((html, _tree_page), (gif, _tree_gif)):
+        if file is not None: write(found, user_path(file))
+
+# %% ../nbs/cli.ipynb #467539ad
+def _report_search(found, samples: int) -> None:
+    "What a search found and what it cost, to standard error."
+    cost, stopped = found.cost, " (stopped)" if found.interrupted else ""
+    _to_stderr(f"{found.method}{stopped}: reward {found.reward:.6g}, log p {found.logprob:.4g}; "
+               f"{len(found.completions)} texts, {found.nodes} nodes, {cost.tokens_evaluated} "
+               f"tokens "
+               f"read after {cost.prefix_tokens} of the prompt, {cost.seconds:.1f} s")
+    for text, weight in found.samples[:samples]: _to_stderr(f"  {weight:6.1%}  {text!r}")
+
+def _tree_page(found, file) -> None:
+    from sprout_lab.visualizers.tree import growth_html
+    file.write_text(growth_html(found.frames, title="A search"), encoding="utf-8")
+
+def _tree_gif(found, file) -> None:
+    from sprout_lab.visualizers.tree import growth_gif
+    growth_gif(found.frames, file)

@@ -5,15 +5,19 @@
 # %% auto #0
 __all__ = ['LETTERS', 'text_ids', 'attention', 'kind_of_letter', 'embeddings', 'surprise', 'health', 'memory_half_lives',
            'ternary_weights', 'chunks', 'tree', 'growth', 'compatibility', 'destinations', 'branches', 'branch_load',
-           'branch_similarity', 'trajectories']
+           'branch_similarity', 'trajectories', 'series_question', 'answer', 'where']
 
 # %% ../nbs/pictures.ipynb #2d047c64
 import random
+from dataclasses import replace
 
 import torch
 
 from .configs import ConfigError
 from .data.corpora import load_corpus
+from .data.questions import load_questions
+from .data.series import sample_from_text
+from .decoding.answers import gradient_attention, occlusion, option_probabilities
 from .evaluation.health import layer_health
 from .evaluation.surprise import text_surprise
 from .models.hgrn import BitLinear, half_lives
@@ -22,6 +26,7 @@ from .visualizers.attention import plot_attention
 from .visualizers.chunks import plot_boundaries, plot_half_lives, plot_ternary_weights
 from .visualizers.embeddings import plot_embeddings
 from .visualizers.health import plot_health
+from .visualizers.series import plot_answer, plot_series
 from .visualizers.style import Figure
 from .visualizers.surprise import plot_surprise
 from .visualizers.thoughts import (plot_branch_load, plot_branch_similarity,
@@ -226,3 +231,34 @@ def trajectories(model, tokenizer, text: str, prompt: int = 24, num_parallel: in
     texts = [tokenizer.decode(row[ids.shape[1]:].tolist()) for row in trains.ids]
     return plot_trajectories(texts, trains.creativity.tolist(), trains.thought_load.tolist(),
                              start=tokenizer.decode(ids[0].tolist()))
+
+# %% ../nbs/pictures.ipynb #78706b5d
+def series_question(text: str = ""):
+    "The question of a text with its choices, or the shortest of the carried held-out ones."
+    if "[" not in text:
+        held_out = load_questions("questions")["test"]
+        size = lambda sample: len(sample.time_series[0]) + len(sample.post_prompt)
+        return min(held_out, key=size)
+    sample = sample_from_text(text)
+    words = sample.post_prompt.rpartition(":")[2].partition("?")[0]
+    labels = tuple(word.strip() for word in words.split(",") if word.strip())
+    if len(labels) > 1: return replace(sample, labels=labels)
+    raise ConfigError("the question names no choices; write them after a colon, such as "
+                      "\"Trend: rising, falling, flat? [1, 2, 4, 8]\"")
+
+def answer(model, tokenizer, text: str) -> Figure:
+    "The answer: a question's series beside the probability of each answer."
+    sample = series_question(text)
+    shares = option_probabilities(model, tokenizer, sample)
+    return plot_answer(sample.time_series, sample.time_series_text, shares,
+                       sample.post_prompt.strip(" ."), sample.label)
+
+def where(model, tokenizer, text: str, by: str = "occlusion") -> Figure:
+    "Where it looked: how much the likeliest answer depends on each stretch of a series."
+    sample = series_question(text)
+    shares = option_probabilities(model, tokenizer, sample)
+    best = max(shares, key=shares.get)
+    look = {"occlusion": occlusion, "gradient": gradient_attention}[by]
+    weights = look(model, tokenizer, sample, f"Answer: {best}")
+    return plot_series(sample.time_series, sample.time_series_text, weights,
+                       f"{sample.post_prompt.strip(' .')} {best} ({by})")

@@ -17,7 +17,7 @@ FLOORS = {"configs": 0, "runs": 0, "progress": 0, "training_guides": 0, "kernels
           "remote": 1, "cloud": 4,
           "visualizers": 1, "models": 2,
           "data": 2, "metrics": 1, "trainers": 3, "evaluation": 3, "decoding": 3, "objectives": 3,
-          "pictures": 4,
+          "pictures": 4, "curriculum": 4, "ablations": 4,
           "families": 4, "serving": 4, "panels": 5, "laboratory": 5, "cli": 6}
 
 

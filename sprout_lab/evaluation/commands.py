@@ -119,7 +119,7 @@ class Subject:
     def held_out(self, config: DataConfig):
         "The data that `config` describes, in this checkpoint's tokens."
         whole = config.model_copy(update={"sequence_length": 1, "vocab_size": None})
-        return load_data(whole, self.tokenizer)
+        return self.objective.open_data(whole, self.tokenizer)
 
 # %% ../../nbs/evaluation/commands.ipynb #edbf0f19
 def metric_lines(objective: Objective, metrics: dict) -> list[str]:
