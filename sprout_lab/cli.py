@@ -279,11 +279,23 @@ def _train(settings, quiet: bool) -> None:
     from sprout_lab.families import make_trainer, objective_for
     trainer = make_trainer(settings, log=_log(quiet))
     main_process = trainer.accelerator.is_main_process
-    with trainer.run.lock() if main_process else nullcontext(): trainer.train()
+    try:
+        with trainer.run.lock() if main_process else nullcontext(): trainer.train()
+    except RuntimeError as error: _say_who_is_gone(trainer, error)
     if not main_process: return
     curve = trainer.run.results / f"{objective_for(settings).metric}.png"
     if not curve.exists(): curve = trainer.run.results / "loss.png"
     click.echo(f"curve: {curve}" if curve.exists() else f"run: {trainer.run.folder}")
+
+def _say_who_is_gone(trainer, error: RuntimeError) -> None:
+    "Of several processes one has died: the others end with a line that says what is left."
+    from sprout_lab.trainers.parallel import is_lost_process
+    if trainer.accelerator.num_processes == 1 or not is_lost_process(error): raise error
+    steps = trainer.run.steps()
+    left = f"step_{steps[-1]} is whole" if steps else "there is no checkpoint yet"
+    raise ConfigError(f"{trainer.run.folder}: another process of this job is gone, at step "
+                      f"{trainer.step}; {left}, and the same command with --resume_from auto goes "
+                      "on from there") from None
 
 @cli.command("train", cls=_Families, subcommand_metavar="FAMILY [FLAGS]",
              context_settings={"ignore_unknown_options": True})
@@ -432,6 +444,48 @@ def _talk_line(model, tokenizer, config, line: str) -> None:
     elif line.strip():
         _respond(objective_of(model), model, tokenizer, [_as_utf8(line, "the prompt")], config)
 
+# %% ../nbs/cli.ipynb #358c896d
+def _curriculum_settings() -> list:
+    from sprout_lab.families import get_family
+    return [spec for spec in _train_settings(get_family("tslm")) if spec.name != "output_dir"]
+
+@cli.command("curriculum", cls=Drawn, settings=_curriculum_settings, aliases=ALIASES)
+@click.option("--stage", required=True, metavar="NAME",
+              help="stage1_mcq, stage2_captioning, stage3_cot, stage4_sleep_cot, stage5_ecg_cot.")
+@click.option("--root", default="runs/curriculum", show_default=True, metavar="DIR",
+              help="Folder that holds the stages' runs.")
+@click.option("--hub", is_flag=True, help="The paper's data (hub, or files in --data_dir).")
+@click.option("--from_scratch", is_flag=True, help="Do not begin with the stage before.")
+@click.option("--config", metavar="FILE", help="YAML or JSON configuration.")
+@click.option("--preset", metavar="NAME", help="Shipped configuration.")
+@click.option("--size", metavar="NAME", help="nano, mini, small or base [nano].")
+@_quiet
+def _curriculum_command(flags, stage, root, hub, from_scratch, config, preset, size, quiet):
+    "Train a stage of the time-series curriculum, then judge its answers to the test questions."
+    from sprout_lab.curriculum import judge_stage, train_stage
+    run = train_stage(stage, root, flags, hub=hub, from_scratch=from_scratch, log=_log(quiet),
+                      config=config, preset=preset, size=size)
+    for name, value in judge_stage(stage, root, log=_log(quiet)).items():
+        click.echo(f"{name.replace('_', ' '):<16}{value:.4f}")
+    click.echo(f"run: {run.folder}")
+
+@cli.command("ablate")
+@click.option("--config", required=True, metavar="FILE",
+              help="A configuration with a section `ablation`: keys with lists of values.")
+@click.option("--output_dir", default="runs/ablation", show_default=True, metavar="DIR")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE",
+              help="A setting for all of them, such as max_steps=100.")
+@_quiet
+def _ablate_command(config, output_dir, settings, quiet):
+    "Train every combination of a grid over a configuration's keys: one table, one plot."
+    from sprout_lab.ablations import run_ablation
+    flags = {}
+    for setting in settings:
+        key, found, value = setting.partition("=")
+        if not found: raise ConfigError(f"set={setting!r}: KEY=VALUE is needed")
+        flags[key] = value
+    click.echo(str(run_ablation(config, output_dir, flags, log=_log(quiet))))
+
 # %% ../nbs/cli.ipynb #110697f3
 @cli.command("draw")
 @click.argument("run", metavar="RUN")
@@ -520,6 +574,68 @@ def _export_command(run, output, llama, ternary):
     if tokenizer is not None: tokenizer.save_pretrained(folder)
     form = "a Llama" if llama else "the model, ternary" if ternary else "the model"
     click.echo(f"{folder}: {form}, {_parameters(model)}")
+
+# %% ../nbs/cli.ipynb #a122272e
+@cli.command("upcycle")
+@click.argument("run", metavar="RUN|FOLDER|GGUF")
+@click.option("--num_thoughts", type=click.IntRange(1), default=8, show_default=True,
+              help="Thought branches of a layer, each a copy of the network that is there.")
+@click.option("--thoughts_per_token", type=click.IntRange(1), default=2, show_default=True,
+              help="Branches that think about a token.")
+@click.option("--tokenizer", metavar="FILE|DIR|NAME", help="Where the model brings none.")
+@click.option("--dataset", "--dataset_name", "dataset", metavar="NAME",
+              help="What it is trained and evaluated on from here [what RUN was].")
+@click.option("--output", "--output_dir", "output", metavar="DIR",
+              help="Where the new run goes [runs/NAME].")
+def _upcycle_command(run, num_thoughts, thoughts_per_token, tokenizer, dataset, output):
+    "Give a Transformer (also a Llama or GPT-2) thoughts; its logits stay, as a run at step 0."
+    import sprout_lab.families  # noqa: F401  makes the models known to the Auto classes
+    from sprout_lab.runs import new_run_folder
+    from sprout_lab.trainers.upcycling import upcycle_run
+    folder = _new_folder(output or new_run_folder(f"mot_{Path(run).stem}"))
+    given = {"dataset_name": dataset} if dataset else {}
+    made = upcycle_run(run, folder, num_thoughts, thoughts_per_token, tokenizer=tokenizer,
+                       log=click.echo, **given)
+    click.echo(f"{made.folder}: go on with sprout-lab train mot --resume_from {made.folder}")
+
+# %% ../nbs/cli.ipynb #1f6b1401
+def _finetune_settings() -> list:
+    from sprout_lab.trainers.adapters import AdapterConfig
+    run = [spec for section, cls in sections.items() for spec in settings_fields(cls, section)]
+    return [*settings_fields(AdapterConfig, "adapter"), *run]
+
+@cli.command("finetune", cls=Drawn, settings=_finetune_settings)
+@click.argument("run", metavar="[RUN|FOLDER|GGUF]", required=False)
+@_quiet
+def _finetune_command(run, flags, quiet):
+    """Teach a trained model something else through an adapter (LoRA). The run that it makes is
+    evaluated, drawn, generated from and exported like any; --resume_from continues it."""
+    from sprout_lab.families import family_of
+    from sprout_lab.trainers.adapters import AdapterConfig, make_finetuner
+    shape = {name: flags.pop(name) for name in list(flags) if name in AdapterConfig.model_fields}
+    trainer = make_finetuner(run, family_of, flags, AdapterConfig(**shape), log=_log(quiet))
+    with trainer.run.lock(): trainer.train()
+    click.echo(f"run: {trainer.run.folder}")
+
+# %% ../nbs/cli.ipynb #fda87e92
+@cli.command("cloud", context_settings={**_context, "ignore_unknown_options": True})
+@click.argument("way", metavar="vertex|vm|colab")
+@click.argument("command", metavar="COMMAND…", nargs=-1, type=click.UNPROCESSED)
+@click.option("--accelerator", default="T4", show_default=True, help="T4, L4, V100, A100, H100.")
+@click.option("--job_name", default="sprout-lab", show_default=True, help="Name of the job.")
+@click.option("--region", default="us-central1", show_default=True, help="Vertex AI's region.")
+@click.option("--source", metavar="URL|NAME",
+              help="What pip installs the lab from there [this package's repository].")
+@click.option("--job_dir", default="cloud", show_default=True, metavar="DIR",
+              help="Folder for the files.")
+def _cloud_command(way, command, accelerator, job_name, region, source, job_dir):
+    """Write the files of a job that runs COMMAND, such as `train mot --train_file gs://…`, on a
+    rented machine, and print the line that starts it. No cloud is called."""
+    from sprout_lab.cloud import CloudJob, package_source, write_job
+    job = CloudJob(tuple(command), source or package_source(), accelerator, job_name, region)
+    files, line = write_job(way, job, job_dir)
+    for file in files: click.echo(f"written: {file}")
+    click.echo(line)
 
 # %% ../nbs/cli.ipynb #2abe49e6
 @cli.command("families")
@@ -624,6 +740,12 @@ def _serving(module: str, name: str):
         raise ConfigError(f"the package {error.name} is not installed, and serving needs it; "
                           "`pip install \"sprout-lab[serve]\"` installs it") from None
 
+def _bench_serve(only, output) -> None:
+    wrong = [text for text in only if not (text.isascii() and text.isdigit() and 0 < int(text) < 1000)]
+    if wrong: raise ConfigError(f"only={wrong[0]!r}: a number of clients, 1 to 999, is needed")
+    clients = [int(text) for text in only] or [1, 8, 32, 128]
+    _serving("load", "bench_serve")(clients, output=output, log=click.echo)
+
 def _serve_settings() -> list: return settings_fields(_serving("registry", "ServerConfig"))
 
 @cli.command("serve", cls=Drawn, settings=_serve_settings, aliases={})
@@ -646,7 +768,9 @@ def _serve_command(paths, flags):
 @click.option("--output", metavar="FILE", help="Write the table as JSON too.")
 @_quiet
 def _bench_command(family, peers, only, repeats, output, quiet):
-    "Ratios of a family against named peers, side by side in one run, in CPU time."
+    """Ratios of a family against named peers, side by side in one run, in CPU time; `bench serve`
+    measures the server against plain `generate` (--only N: with N clients)."""
+    if family == "serve": return _bench_serve(only, output)
     from sprout_lab.families import get_family
     from sprout_lab.progress import without_progress
     entry = get_family(family)
@@ -689,6 +813,52 @@ def _compare_command(families, no_pictures, flags, quiet):
         click.echo(verdict(summary, objective))
     if not quiet: click.echo("\n" + "\n".join(f"note: {line}" for line in cautions(summary)[1:-2]))
     click.echo(f"report: {write_report(comparison, pictures=not no_pictures)}")
+
+# %% ../nbs/cli.ipynb #10834833
+@cli.command("sweep", cls=Drawn, settings=_settings_of("sprout_lab.laboratory.sweep",
+                                                       "SweepConfig"))
+@click.argument("family")
+@_quiet
+def _sweep_command(family, flags, quiet):
+    """Search settings of a family, such as --set learning_rate=0.001..0.03 --set
+    hidden_size=64,128, in several processes; killed, the same command goes on."""
+    from sprout_lab.laboratory.report import table_text
+    from sprout_lab.laboratory.sweep import Sweep, SweepConfig, plot_sweep, run_sweep, sweep_table
+    sweep = Sweep(family, SweepConfig(**flags), log=_log(quiet))
+    if sweep.config.engine == "ray":
+        from sprout_lab.laboratory.ray_sweep import run_ray_sweep as run_sweep   # noqa: F811
+    rows = run_sweep(sweep)
+    click.echo(table_text(sweep_table(rows)))
+    if any(row["score"] is not None for row in rows) and sweep.searched:
+        picture = sweep.folder / "sweep.png"
+        plot_sweep(sweep, rows).savefig(picture, dpi=150, bbox_inches="tight")
+        click.echo(f"figure: {picture}")
+
+@cli.command("scaling", cls=Drawn, settings=_settings_of("sprout_lab.laboratory.scaling",
+                                                         "ScalingConfig"))
+@_quiet
+def _scaling_command(flags, quiet):
+    "Loss against compute for each family: a law, a prediction of the last rung, and its check."
+    from sprout_lab.laboratory.scaling import (
+        ScalingConfig, plot_scaling, prediction_words, run_scaling)
+    config = ScalingConfig(**flags)
+    for row in run_scaling(config, log=_log(quiet)): click.echo(prediction_words(row))
+    picture = user_path(config.output_dir) / "scaling.png"
+    plot_scaling(config).savefig(picture, dpi=150, bbox_inches="tight")
+    click.echo(f"figure: {picture}")
+
+@cli.command("records")
+@click.argument("results", metavar="[RESULTS.json]", nargs=-1)
+@click.option("--studies", default="studies", show_default=True, metavar="DIR",
+              help="Folder of the recorded results.")
+@click.option("--update", is_flag=True, help="Take results that are not worse into the record.")
+def _records_command(results, studies, update):
+    """The recorded results as a table; given results of `sprout-lab compare`, a check that none
+    is worse than its record."""
+    from sprout_lab.laboratory.records import check_records, leaderboard, read_records
+    if not results: return click.echo(leaderboard(read_records(studies)))
+    if not check_records(results, studies, update, log=click.echo):
+        raise ConfigError("a result is worse than its record, see above")
 
 # %% ../nbs/cli.ipynb #7221fb65
 NEEDED = ("torch", "transformers", "accelerate", "safetensors", "tokenizers", "tiktoken",
@@ -762,3 +932,51 @@ def _completion_command(shell):
     "Print the completion script of a shell: eval \"$(sprout-lab completion bash)\"."
     from click.shell_completion import get_completion_class
     click.echo(get_completion_class(shell)(cli, {}, "sprout-lab", "_SPROUT_LAB_COMPLETE").source())
+
+# %% ../nbs/cli.ipynb #1af27807
+@cli.command("search", cls=Drawn,
+             settings=_settings_of("sprout_lab.decoding.search", "SearchConfig"))
+@click.argument("model_path", metavar="RUN")
+@click.option("--prompt", default="\n", help="Text to continue [a new line].")
+@click.option("--reward", metavar="REWARD", default=None,
+              help="regex:…, json, json_schema:FILE, length:N, python:module.function, likelihood, "
+                   "spectral; a sum as 1*json + 0.1*likelihood.")
+@click.option("--samples", type=click.IntRange(0), default=3, show_default=True,
+              help="Texts of the posterior to print.")
+@click.option("--html", metavar="FILE", help="Write how the tree grew, as a page.")
+@click.option("--gif", metavar="FILE", help="Write how the tree grew, as a moving picture.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto",
+              show_default=True)
+def _search_command(model_path, prompt, reward, samples, html, gif, device, flags):
+    """Continue a text by looking ahead: write many, learn where it pays to go on, keep the best.
+    Ctrl-C ends it with the best so far."""
+    from sprout_lab.decoding.rewards import make_reward
+    from sprout_lab.decoding.search import SearchConfig, search
+    flags["stop"] = [text.replace("\\n", "\n") for text in flags.get("stop", [])]
+    config = SearchConfig(**flags)
+    if reward is not None: make_reward(reward)   # a misspelt one is found before the model is read
+    model, tokenizer, _ = _writer(model_path, device)
+    score = None if reward is None else make_reward(reward, model, tokenizer)
+    found = search(model, tokenizer, _as_utf8(prompt, "prompt"), score, config)
+    click.echo(found.text)
+    _report_search(found, samples)
+    for file, write in ((html, _tree_page), (gif, _tree_gif)):
+        if file is not None: write(found, user_path(file))
+
+# %% ../nbs/cli.ipynb #467539ad
+def _report_search(found, samples: int) -> None:
+    "What a search found and what it cost, to standard error."
+    cost, stopped = found.cost, " (stopped)" if found.interrupted else ""
+    _to_stderr(f"{found.method}{stopped}: reward {found.reward:.6g}, log p {found.logprob:.4g}; "
+               f"{len(found.completions)} texts, {found.nodes} nodes, {cost.tokens_evaluated} "
+               f"tokens "
+               f"read after {cost.prefix_tokens} of the prompt, {cost.seconds:.1f} s")
+    for text, weight in found.samples[:samples]: _to_stderr(f"  {weight:6.1%}  {text!r}")
+
+def _tree_page(found, file) -> None:
+    from sprout_lab.visualizers.tree import growth_html
+    file.write_text(growth_html(found.frames, title="A search"), encoding="utf-8")
+
+def _tree_gif(found, file) -> None:
+    from sprout_lab.visualizers.tree import growth_gif
+    growth_gif(found.frames, file)

@@ -786,6 +786,7 @@ def resolve(family: str, model_settings, *, flags: dict | None = None, config: s
     configuration class (or its settings class); `presets` are read in order, later ones win.
     Unknown names, wrong values and impossible combinations are one-line `ConfigError`s. `content`:
     of the file `config`, where it was read before."""
+    follows = getattr(model_settings, "follows", ())   # (setting, what follows it unless said)
     model_settings = getattr(model_settings, "settings", model_settings)
     home = {name: section for section, cls in sections.items() for name in cls.model_fields}
     own = [name for name in model_settings.model_fields if name not in home]
@@ -797,7 +798,8 @@ def resolve(family: str, model_settings, *, flags: dict | None = None, config: s
     for level, (source, layer) in enumerate([*sources, ("flag", flags or {})]):
         layers.lay(level, source, layer)
     for winner, loser in (("num_epochs", "max_steps"), ("max_steps", "num_epochs"),
-                          ("warmup_steps", "warmup_ratio")): layers.set_aside(winner, loser)
+                          ("warmup_steps", "warmup_ratio"), *follows):
+        layers.set_aside(winner, loser)
     built = {name: layers.build(name, cls) for name, cls in sections.items()}
     if "max_position_embeddings" in own: _follow_window(layers, model_settings, built["data"])
     model = layers.build("model", model_settings).model_dump()

@@ -21,20 +21,28 @@ from .configs import (
     ConfigError, DataConfig, RunConfig, add_presets, canonical, families_of_preset, nearest,
     preset_names, read_preset,
     read_settings, resolve, sections, user_path)
-from .data.prepare import load_data
 from .data.tokenizers import load_tokenizer, register_tokenizers
 from .evaluation.benchmarks import Benchmark
+from .evaluation.mot_benchmarks import mot_benchmark
 from .evaluation.recurrent_benchmarks import hnet_benchmark, slm_benchmark
+from .evaluation.evaluator import checkpoint_objective
+from .evaluation.series_benchmarks import tslm_benchmark
 from .evaluation.transformer_benchmarks import transformer_benchmark
 from .evaluation.tree_benchmarks import sprout_benchmark
 from .models.hnet import HNetBitConfig, HNetBitForCausalLM
+from .models.mot import MoTConfig, MoTForCausalLM
 from .models.slm import SimplifiedSLMForCausalLM, SLMConfig
 from .models.sprout import SproutConfig, SproutForCausalLM, SproutForMaskedLM
 from .models.transformer import TransformerConfig, TransformerForCausalLM
+from .models.tslm import OpenTSLM, TSLMConfig
+from .evaluation.series import Series   # importing it registers the objective
 from .objectives import Objective, get_objective
+from .remote import mirror_of, run_folders
 from .runs import Run, claim, find_checkpoint
 from .trainers.checkpoints import load_pretrained
 from .trainers.growth import EpochSummary, Growth
+from .trainers.mirror import Mirror
+from .trainers.thoughts import ThoughtHistory
 from .trainers.trainer import Trainer, seed_everything
 from .visualizers.style import Figure
 
@@ -47,7 +55,8 @@ class Family:
     `(model, tokenizer, text, **options) → Figure`. `benchmark`: measures it beside its peers.
     `studies`: scripts of longer comparisons. `callbacks`: classes of what every training run of it
     needs besides the usual. `own_presets`: for a family from elsewhere, a folder of YAML files or
-    name → settings. `top_settings`: what a panel shows first. `aliases`: other names in files."""
+    name → settings. `top_settings`: what a panel shows first. `aliases`: other names in files, or such a name →
+    the settings that it stands for."""
     name: str
     title: str
     summary: str
@@ -60,7 +69,7 @@ class Family:
     default_data: str = "shakespeare"
     own_presets: Mapping | str | Path | None = None
     top_settings: tuple[str, ...] = ()
-    aliases: tuple[str, ...] = ()
+    aliases: tuple[str, ...] | Mapping[str, dict] = ()
 
     @property
     def objectives(self) -> tuple[str, ...]: return tuple(self.models)
@@ -70,6 +79,14 @@ class Family:
 
     @property
     def presets(self) -> list[str]: return preset_names(self.name)
+
+    @property
+    def parallel(self) -> tuple[str, ...]:
+        """How several processes may share its models: `data` serves every family, `sharded` and
+        `tensor` those whose model has a plan for it (`parallel_plan`, see trainers/parallel)."""
+        plan = getattr(self.model_class(), "parallel_plan", None)
+        if plan is None: return ("data",)
+        return ("data", "sharded", "tensor") if "column" in plan else ("data", "sharded")
 
     def model_class(self, objective: str | None = None) -> type:
         "The model's class for an objective, the family's own without one."
@@ -182,6 +199,27 @@ register(Family(
     studies=("studies/sprout_study.py",),
     top_settings=("max_nodes", "compatibility_threshold", "growth", "hidden_size")))
 
+register(Family(
+    "mot", "Mixture of Thoughts", "A Transformer whose feed-forward layers are several thoughts; "
+                                  "a router picks a few for each token.",
+    MoTConfig, {"causal": MoTForCausalLM},
+    pictures={"branches": pictures.branches, "branch_load": pictures.branch_load,
+              "branch_similarity": pictures.branch_similarity,
+              "trajectories": pictures.trajectories, "attention": pictures.attention,
+              "surprise": pictures.surprise, "health": pictures.health},
+    callbacks=(ThoughtHistory,), benchmark=mot_benchmark, studies=("studies/mot_study.py",),
+    aliases=("mixture_of_thoughts",),
+    top_settings=("num_thoughts", "thoughts_per_token", "diversity_weight", "creativity")))
+
+register(Family(
+    "tslm", "TSLM", "Reads time series and answers in words: patches of a curve between the words, "
+                    "or beside them through gates.",
+    TSLMConfig, {"series": OpenTSLM},
+    pictures={"answer": pictures.answer, "where": pictures.where},
+    benchmark=tslm_benchmark, studies=("studies/tslm_study.py",), default_data="questions",
+    aliases={"OpenTSLMSP": {"form": "soft_prompt"}, "OpenTSLMFlamingo": {"form": "flamingo"}},
+    top_settings=("form", "llm_id", "lora_rank", "encoder_num_layers", "patch_size")))
+
 register_tokenizers()
 
 # %% ../nbs/families.ipynb #22379431
@@ -191,7 +229,7 @@ def configure(family: str | None, flags: dict | None = None, *, config: str | No
               preset: str | None = None, size: str | None = None, log=print) -> RunConfig:
     """Everything that decides a run, checked: flag > file > preset > default. Without a preset or a
     size, the preset is nano."""
-    flags = dict(flags or {})
+    flags = run_folders(flags or {})   # what lies in a bucket has a folder here
     if config is not None and not user_path(config).exists():
         family, config, preset = _shipped_configuration(family, config, preset, log)
     config = config or _configuration_of_resumed(flags)
@@ -199,6 +237,7 @@ def configure(family: str | None, flags: dict | None = None, *, config: str | No
     if flags.get("resume_from") and config and Path(config).name == "config.yaml":
         flags.setdefault("output_dir", content.get("output_dir"))
     entry = _named_family(family, content, config)
+    content = {**_implied_settings(entry, content), **content}
     presets = _named_presets(preset, size, content)
     run = resolve(entry.name, entry.config_class, flags=flags, config=config, presets=presets,
                   content=content)
@@ -216,9 +255,11 @@ def objective_for(run: RunConfig) -> Objective:
 # %% ../nbs/families.ipynb #0045a712
 def _shipped_configuration(family, config: str, preset, log) -> tuple:
     "configs/small_model.yaml of a guide is a shipped preset here: (family, config, preset) then."
-    stem = Path(config).stem
-    owners = [name for name in families_of_preset(stem) if name == family
-              or (family is None and name in families)]
+    path, owners = Path(config), []
+    for stem in (f"{path.parent.name}_{path.stem}", path.stem):   # mps/quick_test.yaml, say
+        owners = owners or [name for name in families_of_preset(stem) if name == family
+                            or (family is None and name in families)]
+        if owners: break
     if len(owners) != 1: return family, config, preset
     whose = f" of {owners[0]}" if family is None else ""
     log(f"{config}: not here; using the shipped preset {stem}{whose}")
@@ -244,6 +285,11 @@ def _named_family(family: str | None, content: dict, config) -> Family:
     if family is not None and named is not None and named != family:
         raise ConfigError(f"{config}: is a configuration of {named}, not of {family}")
     return get_family(family or named)
+
+def _implied_settings(entry: Family, content: dict) -> dict:
+    "What a family's other name in a file says beside the family, such as the form of a model."
+    return dict(entry.aliases.get(content.get("family"), {})) if isinstance(
+        entry.aliases, Mapping) else {}
 
 def _named_presets(preset: str | None, size: str | None, content: dict) -> list[str]:
     "Presets in the order in which they are laid: a size first, nano where nothing is named."
@@ -276,6 +322,7 @@ def make_trainer(run: RunConfig, *, data=None, extra_callbacks=(), log=print,
     data = data or objective.load_data(run)
     if notice := objective.notice(data): log(notice)
     own = [callback() for callback in get_family(run.family).callbacks]
+    if folder is not None and mirror_of(folder): own.append(Mirror())
     model = build_model(run, data)
     trainer = Trainer(model, data, run, callbacks, extra_callbacks=[*own, *extra_callbacks],
                       objective=objective, log=log)
@@ -326,9 +373,9 @@ def held_out_text(folder, tokenizer, tokens: int = 2000) -> str:
     outside of a run."""
     run = Run(Path(folder).parent.parent)
     settings = read_settings(run.config) if run.exists() else {}
-    data = load_data(DataConfig(**{k: v for k, v in settings.items()
-                                   if k in DataConfig.model_fields}), tokenizer)
-    return tokenizer.decode([int(i) for i in data.validation[:tokens]])
+    config = DataConfig(**{k: v for k, v in settings.items() if k in DataConfig.model_fields})
+    objective = checkpoint_objective(folder) or get_objective("causal")
+    return objective.excerpt(objective.open_data(config, tokenizer), tokenizer, tokens)
 
 def draw_pictures(path, names=(), text: str | None = None, output=None, style: str = "light",
                   log=print) -> list[Path]:

@@ -72,8 +72,9 @@ class Objective(Scoring):
 
     `name`: as in a configuration. `auto_class`: loads such models. `continues_text`: whether it
     says what comes next, so that it can be sampled from, searched and served, and that lm_eval's
-    tasks, overlapping windows and carried states have a meaning. The rest: see `Scoring`."""
-    name = ""
+    tasks, overlapping windows and carried states have a meaning. `counted`: what a step and an
+    epoch are measured in. The rest: see `Scoring`."""
+    name, counted = "", "tokens"
     auto_class: type
     continues_text = False
 
@@ -98,10 +99,18 @@ class Objective(Scoring):
         """Set what the objective asks of a `RunConfig` where that leaves it open, before the data
         is read."""
 
+    def open_data(self, config, tokenizer=None):
+        """The data of a `DataConfig`: `train`, `validation`, `tokenizer`, `name`, `vocab_size`
+        (see `data/prepare`). `tokenizer`: a checkpoint's own."""
+        return load_data(config, tokenizer)
+
     def load_data(self, run):
-        """The data of a `RunConfig`: `train`, `validation`, `tokenizer`, `name`, `vocab_size`
-        (see `data/prepare`)."""
-        return load_data(run.data)
+        "The data that a `RunConfig` trains on, as `open_data` gives it."
+        return self.open_data(run.data)
+
+    def excerpt(self, data, tokenizer, tokens: int) -> str:
+        "The beginning of what was held out, as a text of `tokens` at most."
+        return tokenizer.decode([int(i) for i in data.validation[:tokens]])
 
     def notice(self, data) -> str | None:
         "What must be said about this data before a run, in one line, or nothing."
@@ -312,6 +321,8 @@ def objective_of_config(config) -> Objective:
         if type(config) not in known: continue
         classes = known[type(config)]
         classes = classes if isinstance(classes, tuple) else (classes,)
+        # a class may stand for its forms: the configuration says which
+        classes = [form for known in classes for form in (known, *known.__subclasses__())]
         if name in [model_class.__name__ for model_class in classes]: return objective
     return objectives["causal"]
 

@@ -4,24 +4,33 @@
 
 # %% auto #0
 __all__ = ['LETTERS', 'text_ids', 'attention', 'kind_of_letter', 'embeddings', 'surprise', 'health', 'memory_half_lives',
-           'ternary_weights', 'chunks', 'tree', 'growth', 'compatibility', 'destinations']
+           'ternary_weights', 'chunks', 'tree', 'growth', 'compatibility', 'destinations', 'branches', 'branch_load',
+           'branch_similarity', 'trajectories', 'series_question', 'answer', 'where']
 
 # %% ../nbs/pictures.ipynb #2d047c64
 import random
+from dataclasses import replace
 
 import torch
 
 from .configs import ConfigError
 from .data.corpora import load_corpus
+from .data.questions import load_questions
+from .data.series import sample_from_text
+from .decoding.answers import gradient_attention, occlusion, option_probabilities
 from .evaluation.health import layer_health
 from .evaluation.surprise import text_surprise
 from .models.hgrn import BitLinear, half_lives
+from .models.mot import branch_likeness, generate_parallel_thoughts
 from .visualizers.attention import plot_attention
 from .visualizers.chunks import plot_boundaries, plot_half_lives, plot_ternary_weights
 from .visualizers.embeddings import plot_embeddings
 from .visualizers.health import plot_health
+from .visualizers.series import plot_answer, plot_series
 from .visualizers.style import Figure
 from .visualizers.surprise import plot_surprise
+from .visualizers.thoughts import (plot_branch_load, plot_branch_similarity,
+                                             plot_branch_text, plot_trajectories)
 from .visualizers.tree import plot_compatibility, plot_destinations, plot_growth, plot_tree
 
 # %% ../nbs/pictures.ipynb #57415c5d
@@ -176,3 +185,80 @@ def destinations(model, tokenizer, text: str, length: int = 64, most: int = 24,
         rows.append(pieces)
     path_log = model(input_ids=torch.cat(rows), log_paths=True).path_log
     return plot_destinations(path_log.paths().numpy(), kinds)
+
+# %% ../nbs/pictures.ipynb #74729aaa
+def _thoughtful(model):
+    if not hasattr(model, "creative"):
+        raise ConfigError(f"{type(model).__name__} has no thoughts; choose another picture")
+    return model.config
+
+@torch.no_grad()
+def branches(model, tokenizer, text: str, longest: int = 360, layer: int | None = None) -> Figure:
+    "Who thinks about what: each piece of the text on the colour of its branch."
+    config, ids = _thoughtful(model), text_ids(model, tokenizer, text, longest)
+    layer = config.num_hidden_layers // 2 if layer is None else layer
+    chosen = model(input_ids=ids, use_cache=False, output_thoughts=True).thoughts[layer]
+    pieces = [tokenizer.decode([i]) for i in ids[0].tolist()]
+    return plot_branch_text(pieces, chosen[0, :, 0].tolist(), config.num_thoughts,
+                            title=f"the first thought of layer {layer}")
+
+# %% ../nbs/pictures.ipynb #84f72ab8
+@torch.no_grad()
+def branch_load(model, tokenizer, text: str, longest: int = 512) -> Figure:
+    "Who has work: load of the branches, router entropy and likeness of thoughts over training."
+    history = _thoughtful(model).thought_history
+    if not history:
+        output = model(input_ids=text_ids(model, tokenizer, text, longest), use_cache=False)
+        history = [{"step": step, "entropy": output.router_entropy.item(),
+                    "similarity": output.diversity_loss.item(),
+                    "load": output.thought_load.mean(0).tolist()} for step in (0, 1)]
+    return plot_branch_load(history)
+
+# %% ../nbs/pictures.ipynb #7e7befc4
+def branch_similarity(model, tokenizer, text: str, longest: int = 256, layer: int = -1) -> Figure:
+    "How alike the branches are: the mean cosine of what each two say about the same token."
+    _thoughtful(model)
+    likeness = branch_likeness(model, text_ids(model, tokenizer, text, longest), layer)
+    return plot_branch_similarity(likeness)
+
+# %% ../nbs/pictures.ipynb #cb0ccb71
+def trajectories(model, tokenizer, text: str, prompt: int = 24, num_parallel: int = 4,
+                 new_tokens: int = 160, seed: int = 0) -> Figure:
+    "Where thoughts lead: continuations of the same beginning, side by side, by creativity."
+    config, ids = _thoughtful(model), text_ids(model, tokenizer, text, prompt)
+    room = min(ids.shape[1] + new_tokens, config.max_position_embeddings)
+    trains = generate_parallel_thoughts(model, ids, num_parallel, room, seed=seed)
+    texts = [tokenizer.decode(row[ids.shape[1]:].tolist()) for row in trains.ids]
+    return plot_trajectories(texts, trains.creativity.tolist(), trains.thought_load.tolist(),
+                             start=tokenizer.decode(ids[0].tolist()))
+
+# %% ../nbs/pictures.ipynb #78706b5d
+def series_question(text: str = ""):
+    "The question of a text with its choices, or the shortest of the carried held-out ones."
+    if "[" not in text:
+        held_out = load_questions("questions")["test"]
+        size = lambda sample: len(sample.time_series[0]) + len(sample.post_prompt)
+        return min(held_out, key=size)
+    sample = sample_from_text(text)
+    words = sample.post_prompt.rpartition(":")[2].partition("?")[0]
+    labels = tuple(word.strip() for word in words.split(",") if word.strip())
+    if len(labels) > 1: return replace(sample, labels=labels)
+    raise ConfigError("the question names no choices; write them after a colon, such as "
+                      "\"Trend: rising, falling, flat? [1, 2, 4, 8]\"")
+
+def answer(model, tokenizer, text: str) -> Figure:
+    "The answer: a question's series beside the probability of each answer."
+    sample = series_question(text)
+    shares = option_probabilities(model, tokenizer, sample)
+    return plot_answer(sample.time_series, sample.time_series_text, shares,
+                       sample.post_prompt.strip(" ."), sample.label)
+
+def where(model, tokenizer, text: str, by: str = "occlusion") -> Figure:
+    "Where it looked: how much the likeliest answer depends on each stretch of a series."
+    sample = series_question(text)
+    shares = option_probabilities(model, tokenizer, sample)
+    best = max(shares, key=shares.get)
+    look = {"occlusion": occlusion, "gradient": gradient_attention}[by]
+    weights = look(model, tokenizer, sample, f"Answer: {best}")
+    return plot_series(sample.time_series, sample.time_series_text, weights,
+                       f"{sample.post_prompt.strip(' .')} {best} ({by})")

@@ -14,9 +14,10 @@ try: import tomllib
 except ImportError: import tomli as tomllib
 
 FLOORS = {"configs": 0, "runs": 0, "progress": 0, "training_guides": 0, "kernels": 1,
+          "remote": 1, "cloud": 4,
           "visualizers": 1, "models": 2,
           "data": 2, "metrics": 1, "trainers": 3, "evaluation": 3, "decoding": 3, "objectives": 3,
-          "pictures": 4,
+          "pictures": 4, "curriculum": 4, "ablations": 4,
           "families": 4, "serving": 4, "panels": 5, "laboratory": 5, "cli": 6}
 
 

@@ -384,3 +384,218 @@ def test_the_server_lives_after_broken_heads(server):
             answer = raw.recv(200)
             assert not answer or answer.split()[1].startswith(b"4")
     assert httpx.get(f"{server.url}/health").status_code == 200
+
+
+# Processes: signals, kill -9, a run that is still being trained
+
+def _command(*words):
+    code = "from sprout_lab.cli import main; main()"
+    return [sys.executable, "-c", code, *map(str, words)]
+
+
+def _started(folder, *flags):
+    "(process, url) of `sprout-lab serve` once it answers."
+    process = subprocess.Popen(_command("serve", folder, "--port", "0", *flags), text=True,
+                               stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    for line in process.stderr:
+        if line.startswith("serving "): return process, line.split(" at ")[1].split()[0]
+    raise AssertionError(f"it did not start: {process.wait()}")
+
+
+def test_sigterm_drains_and_kill_is_survived(folders):
+    """A stream that runs when SIGTERM comes is written to its end, and the exit code is 0. After
+    kill -9 the same port serves again."""
+    process, url = _started(folders["attention"])
+    body = dict(prompt="a", max_tokens=300, stream=True)
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as reply:
+        lines = reply.iter_lines()
+        next(lines)
+        process.send_signal(signal.SIGTERM)
+        assert list(lines)[-2:] == ["data: [DONE]", ""]
+    assert process.wait(timeout=30) == 0
+    port = url.rsplit(":", 1)[1]
+    process, url = _started(folders["attention"], "--port", port)
+    process.kill()
+    process.wait()
+    process, again = _started(folders["attention"], "--port", port)
+    try:
+        assert again == url and httpx.get(f"{again}/health").json() == {"status": "ok"}
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as reply:
+            next(reply.iter_lines())
+            process.send_signal(signal.SIGTERM)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(timeout=5) in (0, 143)
+    finally: process.kill()
+
+
+def test_the_command_says_in_one_line_what_is_wrong(folders, tmp_path):
+    assert "no such run" in refused(f"serve {tmp_path / 'nowhere'}")
+    assert "needs a key" in refused(f"serve {folders['attention']} --host 0.0.0.0")
+    assert "cannot be listened on" in refused(f"serve {folders['attention']} --host 192.0.2.1 "
+                                              "--api_key k")
+    twice = refused(f"serve a={folders['llama']} a={folders['attention']}")
+    assert "two models of this name" in twice
+
+
+def test_served_while_it_trains_and_reloaded_when_best_changes(tmp_path):
+    """A run is served from its first checkpoint on; training goes on beside it; a reload takes the
+    new best, and what is being written then is written to its end by the old one."""
+    from sprout_lab.families import configure, make_trainer
+    flags = dict(output_dir=str(tmp_path / "run"), max_steps=20, eval_interval=10,
+                 save_interval=10, batch_size=4, sequence_length=32, hidden_size=32,
+                 num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+    trainer = make_trainer(configure("transformer", {k: str(v) for k, v in flags.items()},
+                                     log=lambda line: None), log=lambda line: None)
+    best = tmp_path / "run" / "checkpoints" / "best"
+    training = threading.Thread(target=trainer.train)
+    training.start()
+    wait_until(lambda: best.exists() or not training.is_alive(), 120)
+    with ServerThread([tmp_path / "run"]) as server:
+        def ask(): return httpx.post(f"{server.url}/v1/completions", timeout=60, json=dict(
+            prompt="a", max_tokens=5)).status_code
+        while training.is_alive(): assert ask() == 200
+        training.join()
+        step = server.registry.get("run").step
+        reply = httpx.post(f"{server.url}/v1/models/run/reload", json={}, timeout=60).json()
+        assert reply["step"] == 20 and reply["reloaded"] == (step != 20)
+        assert httpx.post(f"{server.url}/v1/models/run/reload",
+                          json={}).json()["reloaded"] is False
+        assert ask() == 200
+
+
+def test_a_ternary_export_is_served(tmp_path):
+    from sprout_lab.models.ternary import export_ternary
+    torch.manual_seed(0)
+    model = SimplifiedSLMForCausalLM(SLMConfig(**SHAPE))
+    (tmp_path / "packed").mkdir()
+    export_ternary(model.eval(), tmp_path / "packed")
+    ByteTokenizer().save_pretrained(tmp_path / "packed")
+    with ServerThread([tmp_path / "packed"]) as server:
+        options = dict(max_tokens=20, seed=2)
+        def ask(_):
+            body = dict(prompt="To be", **options)
+            reply = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
+            return reply.json()["choices"][0]["text"]
+        with ThreadPoolExecutor(6) as pool: texts = set(pool.map(ask, range(6)))
+        assert texts == {alone(server, "packed", "To be", temperature=1.0, **options)}
+
+
+# lm-eval over HTTP
+
+def test_lm_eval_finds_the_same_scores_as_in_this_process(server, folders, tmp_path):
+    lm_eval = pytest.importorskip("lm_eval", reason="needs lm_eval, an optional package")
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+    from sprout_lab.evaluation.harness import HarnessModel
+    from lm_eval.api.instance import Instance
+    assert lm_eval
+    scheduler = server.registry.get("attention").scheduler
+    own = HarnessModel(scheduler.engine.model, scheduler.tokenizer)
+    remote = LocalCompletionsAPI(
+        model="attention", base_url=f"{server.url}/v1/completions", tokenizer_backend="huggingface",
+        tokenizer=str(folders["attention"]), num_concurrent=1, max_length=512)
+    pairs = [("To be or", " not"), ("The question", " is this"), ("a", "b")]
+    def requests(): return [Instance("loglikelihood", {}, pair, k) for k, pair in enumerate(pairs)]
+    here, there = own.loglikelihood(requests()), remote.loglikelihood(requests())
+    for (score, greedy), (other, other_greedy) in zip(here, there):
+        assert abs(score - other) < 1e-3 and greedy == other_greedy
+    def texts(): return [Instance("generate_until", {}, (context, {
+        "until": ["\n\n"], "max_gen_toks": 12, "do_sample": False}), 0) for context, _ in pairs]
+    assert own.generate_until(texts()) == remote.generate_until(texts())
+
+
+# The page
+
+def test_the_page_in_a_browser(server, tmp_path):
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    chromium = next((p for p in ("/usr/bin/chromium", "/usr/bin/chromium-browser")
+                     if os.path.exists(p)), None)
+    if chromium is None: pytest.skip("needs chromium")
+    shots = os.environ.get("SCREENSHOTS", str(tmp_path))
+    with playwright.sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        for name, width, scheme in (("wide", 1200, "light"), ("phone", 375, "dark")):
+            page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+            problems, asked = [], []
+            page.on("pageerror", lambda error: problems.append(str(error)))
+            page.on("console", lambda m: m.type == "error" and problems.append(m.text))
+            page.on("request", lambda request: asked.append(request.url))
+            page.goto(server.url)
+            page.wait_for_selector("#models input")
+            page.fill("#seed", "1")
+            page.focus("#prompt")
+            page.keyboard.press("Control+Enter")             # by keyboard alone from here
+            page.wait_for_function("() => [...document.querySelectorAll('.facts')].length == 2 && "
+                                   "[...document.querySelectorAll('.facts')].every(f => "
+                                   "f.textContent.includes('ended by its length'))")
+            page.focus(".token[tabindex='0']")
+            for key in ("ArrowRight", "ArrowRight", "ArrowLeft"): page.keyboard.press(key)
+            assert page.locator(".why:visible tr").count() >= 2
+            assert "bits" in page.locator(".why:visible").inner_text()
+            written = page.locator(".text").first.inner_text()
+            assert written.startswith("Once upon a time") and len(written) > 60
+            page.wait_for_function("document.getElementById('load').textContent.includes('places')")
+            fits = "document.documentElement.scrollWidth <= document.documentElement.clientWidth"
+            assert page.evaluate(fits), "it scrolls sideways"
+            page.screenshot(path=f"{shots}/{name}.png", full_page=True)
+            assert not problems and all(url.startswith((server.url, "data:")) for url in asked)
+            page.close()
+        browser.close()
+
+
+# Long ones
+
+def _resident(process) -> int:
+    "Resident memory of a process, in kilobytes."
+    with open(f"/proc/{process.pid}/status") as status:
+        return int(next(line for line in status if line.startswith("VmRSS")).split()[1])
+
+
+def _ask_many(url, bodies, threads: int = 16) -> list:
+    with httpx.Client(base_url=url, timeout=120) as client, ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(lambda body: client.post("/v1/completions", json=body), bodies))
+
+
+@pytest.mark.slow   # two thousand requests
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads /proc")
+def test_memory_does_not_grow(folders):
+    """After 2,000 requests of mixed lengths within 5% of that after 200."""
+    process, url = _started(folders["attention"], "--prefix_cache_mb", "4")
+    rng = random.Random(0)
+    def bodies(n):
+        return [dict(prompt="".join(rng.choice("abcdefgh") for _ in range(rng.randrange(1, 200))),
+                     max_tokens=rng.randrange(1, 12), stream=k % 2 == 0) for k in range(n)]
+    try:
+        assert {r.status_code for r in _ask_many(url, bodies(200))} == {200}
+        early = _resident(process)
+        assert {r.status_code for r in _ask_many(url, bodies(1800))} == {200}
+        late = _resident(process)
+        print(f"resident after 200: {early} kB, after 2,000: {late} kB, {late / early - 1:+.1%}")
+        assert late <= 1.05 * early
+    finally: process.kill()
+
+
+@pytest.mark.slow   # a minute by its nature
+def test_thirty_two_clients_for_a_minute(server, client):
+    """Mixed lengths, families and kinds; nothing hangs, and no text differs from the one made
+    alone."""
+    rng, end, texts = random.Random(1), time.monotonic() + 60, []
+    known = [dict(model=["attention", "recurrent", "llama"][k % 3], seed=k,
+                  prompt="".join(rng.choice("abcde fgh") for _ in range(rng.randrange(1, 200))),
+                  max_tokens=rng.randrange(1, 60), temperature=rng.choice([0, 0.7, 1.0]))
+             for k in range(24)]
+    def client_loop(number):
+        own = random.Random(number)
+        while time.monotonic() < end:
+            k = own.randrange(len(known))
+            if own.random() < 0.5:
+                pieces = client.completions.create(stream=True, **known[k])
+                texts.append((k, "".join(p.choices[0].text for p in pieces)))
+            else:
+                texts.append((k, client.completions.create(**known[k]).choices[0].text))
+    with ThreadPoolExecutor(32) as pool: list(pool.map(client_loop, range(32), timeout=240))
+    for k, request in enumerate(known):
+        options = {n: v for n, v in request.items() if n not in ("model", "prompt")}
+        expected = alone(server, request["model"], request["prompt"], **options)
+        assert {text for number, text in texts if number == k} <= {expected}
+    print(f"{len(texts)} texts")
+    assert len(texts) > 100

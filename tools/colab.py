@@ -13,6 +13,7 @@ from readme import address, root
 
 from sprout_lab.configs import settings_fields
 from sprout_lab.data.corpora import corpora
+from sprout_lab.data.questions import series_sets
 from sprout_lab.families import SIZES, families
 from sprout_lab.objectives import get_objective
 
@@ -37,8 +38,9 @@ def words_of(family) -> dict[str, str]:
     "What is said of a family by what its models learn."
     objective, own = get_objective(family.objective), own_settings(family)
     writes = objective.continues_text
-    verb = "let it write" if writes else "let it fill gaps"
-    command = "generate --model_path" if writes else "draw"
+    verbs = {"causal": "let it write", "masked": "let it fill gaps"}
+    verb = verbs.get(objective.name, "ask it questions")
+    command = "draw" if objective.name == "masked" else "generate --model_path"
     compressors = " The dashed lines are\ncompressors on the same text." if writes else ""
     pairs = "".join(f',\n            "{name}": {name.upper()}' for name in own)
     listed = ", ".join(f"`{name.upper()}`" for name in own)
@@ -56,6 +58,7 @@ def facts(name: str) -> dict[str, str]:
     pages = [(f"nbs/guides/{name}.ipynb", "The guide"),
              (f"nbs/models/{name}.ipynb", "The model, built piece by piece")]
     links = [f"- {title}: [{page}]({at}/{page})" for page, title in pages if (root / page).exists()]
+    sets = list(corpora if family.default_data in corpora else series_sets)
     colab = "https://colab.research.google.com/github/"
     colab += f"{where['user']}/{where['repo']}/blob/{where['branch']}/colab"
     others = [f"[{other.title}]({colab}/{key}.ipynb)" for key, other in families.items()
@@ -68,8 +71,8 @@ def facts(name: str) -> dict[str, str]:
         "prompt": {"shakespeare": "ROMEO:", "tales": "Once upon a time"}.get(family.default_data,
                                                                              "The "),
         "gpu_size": sizes[min(1, len(sizes) - 1)], "cpu_size": sizes[0],
-        "size_menu": json.dumps(["auto", *sizes]), "corpus_menu": json.dumps(list(corpora)),
-        "corpora": ", ".join(f"`{corpus}`" for corpus in corpora), "links": "\n".join(links),
+        "size_menu": json.dumps(["auto", *sizes]), "corpus_menu": json.dumps(sets),
+        "corpora": ", ".join(f"`{corpus}`" for corpus in sets), "links": "\n".join(links),
         "quick": ',\n                 "growth_warmup": 8, "growth_interval": 8' if grows else ""}
 
 

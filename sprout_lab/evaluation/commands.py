@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['EvaluationRequest', 'evaluation_settings', 'load_tokenizer_of', 'held_out_config', 'Subject', 'metric_lines',
-           'evaluate_held_out', 'compare_held_out', 'check_tasks', 'run_tasks', 'show_samples', 'evaluate_from_options']
+           'measure_diversity', 'evaluate_held_out', 'compare_held_out', 'check_tasks', 'run_tasks', 'show_samples',
+           'evaluate_from_options']
 
 # %% ../../nbs/evaluation/commands.ipynb #cb382cda
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -18,6 +19,8 @@ from transformers import AutoTokenizer
 from ..configs import (ConfigError, DataConfig, Settings, nearest, read_settings, setting,
                                 user_path)
 from ..data.prepare import load_data
+from .diversity import (DiversityPoint, diversity_front, front_table,
+                                             plot_front)
 from .evaluator import (Comparison, EvaluationConfig, Evaluator, load_model,
                                              metric_words, shared_by_checkpoints)
 from .harness import harness_table, run_harness
@@ -41,11 +44,19 @@ class EvaluationRequest(Settings):
     compare: Annotated[list[str], setting("Further checkpoints for the same table.")] = []
     tasks: Annotated[str | None, setting(
         "Run lm_eval's tasks on the model instead: names or a file, separated by commas.")] = None
+    diversity: Annotated[bool, setting(
+        "Also measure how different its texts are, and how good, at several temperatures, nuclei "
+        "and (for a mixture of thoughts) levels of creativity.")] = False
+    judge: Annotated[str | None, setting(
+        "A second, larger model whose bits per byte are the quality of those texts.")] = None
 
     def check(self):
         if self.data_dir and self.dataset:
             raise ConfigError("data_dir and dataset are both given; "
                               "one of them says what to evaluate on")
+        if self.judge and not self.diversity:
+            raise ConfigError(f"judge={self.judge}: is for the texts of --diversity; ask for that "
+                              f"too, or leave it out")
 
 # %% ../../nbs/evaluation/commands.ipynb #646e87a5
 def evaluation_settings(**values) -> tuple[EvaluationRequest, EvaluationConfig]:
@@ -108,7 +119,7 @@ class Subject:
     def held_out(self, config: DataConfig):
         "The data that `config` describes, in this checkpoint's tokens."
         whole = config.model_copy(update={"sequence_length": 1, "vocab_size": None})
-        return load_data(whole, self.tokenizer)
+        return self.objective.open_data(whole, self.tokenizer)
 
 # %% ../../nbs/evaluation/commands.ipynb #edbf0f19
 def metric_lines(objective: Objective, metrics: dict) -> list[str]:
@@ -117,6 +128,36 @@ def metric_lines(objective: Objective, metrics: dict) -> list[str]:
     rows = [metric_words(name, metrics[name]) for name in measured]
     rows.append((objective.target, f"{metrics['num_tokens']:,}"))
     return [f"  {title:<24}{words}" for title, words in rows]
+
+# %% ../../nbs/evaluation/commands.ipynb #21093089
+def measure_diversity(subject: Subject, evaluator: Evaluator, tokens, judge: str | None,
+                      rivals: dict[str, Subject], log: Callable, **how) -> None:
+    """The diversity front of a checkpoint and of `rivals` (name → subject), into the evaluator's
+    results. `judge`: the path of the model whose bits per byte are their quality; `how`: of
+    `diversity_front`."""
+    for one in (subject, *rivals.values()):
+        if not one.objective.continues_text or one.tokenizer is None:
+            raise ConfigError(f"{one.folder}: does not continue texts; diversity is measured of "
+                              f"those that do")
+    reader = None
+    if judge is not None:
+        second = Subject.load(find_checkpoint(judge, log=log))
+        if second.tokenizer is None: raise ConfigError(f"judge={judge}: has no tokenizer")
+        reader = second.model, second.tokenizer
+    starts = [round(len(tokens) * share) for share in (0.1, 0.4, 0.7)]
+    prompts = [subject.tokenizer.decode([int(i) for i in tokens[start:start + 24]])
+               for start in starts]
+    longest = [getattr(one.model.config, "max_position_embeddings", None) or 144
+               for one in (subject, *rivals.values())]
+    how.setdefault("length", max(1, min(120, min(longest) - 24)))
+    points = []
+    for name, one in {"": subject, **rivals}.items():
+        front = diversity_front(one.model, one.tokenizer, prompts, judge=reader,
+                                seeds=(evaluator.config.seed,), **how)
+        points += [replace(point, setting=f"{name} {point.setting}".strip()) for point in front]
+    evaluator.results["diversity"] = {"judge": judge, "prompts": prompts,
+                                      "points": [asdict(point) for point in points]}
+    log(front_table(points))
 
 # %% ../../nbs/evaluation/commands.ipynb #ea3ce3e2
 def evaluate_held_out(subject: Subject, evaluator: Evaluator, data, log: Callable) -> dict:
@@ -200,6 +241,12 @@ def evaluate_from_options(model_path=None, *, quiet: bool = False, log=print, **
         target.parent.mkdir(parents=True, exist_ok=True)
         figure = evaluator.results["checkpoints"].figure()
         figure.savefig(target.with_name("comparison.png"), dpi=150, bbox_inches="tight")
+    if "diversity" in evaluator.results and request.judge:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        points = [DiversityPoint(**point) for point in evaluator.results["diversity"]["points"]]
+        path = target.with_name("diversity.png")
+        plot_front(points).savefig(path, dpi=150, bbox_inches="tight")
+        log(f"diversity and quality: {path}")
     log(f"results: {evaluator.save_results(target, checkpoint=str(folder.name))}")
     return evaluator.results
 
@@ -221,6 +268,9 @@ def _evaluated(subject: Subject, others, request: EvaluationRequest, config: Eva
     if others: compare_held_out(subject, evaluator, metrics, others, data_config, log)
     if request.num_samples:
         show_samples(subject, evaluator, data.validation, request.num_samples, log)
+    if request.diversity:
+        rivals = {folder.parent.parent.name: Subject.load(folder) for folder in others}
+        measure_diversity(subject, evaluator, data.validation, request.judge, rivals, log)
     return evaluator
 
 def _results_file(folder: Path, output_dir) -> Path | None:

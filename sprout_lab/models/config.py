@@ -49,6 +49,8 @@ class ModelConfig(PreTrainedConfig):
     model_type = "sprout_lab"
     list_defaults: ClassVar[dict] = {}
     lora_targets: ClassVar[tuple] = ()   # names of the modules that an adapter goes to unasked
+    # (setting, another): who says the one sets a preset's value of the other aside
+    follows: ClassVar[tuple] = ()
 
     def __init_subclass__(cls, **kwargs):
         cls.list_defaults = {**cls.list_defaults, **_lists_by_factory(cls)}

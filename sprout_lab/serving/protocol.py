@@ -8,7 +8,7 @@ __all__ = ['Prompt', 'Stop', 'StrictModel', 'StreamOptions', 'SamplingFields', '
            'generation_requests', 'token_text', 'completion_logprobs', 'chat_logprobs', 'AnswerWriter', 'prompt_part',
            'whole_choice', 'stream_choice', 'server_sent_event']
 
-# %% ../../nbs/serving/protocol.ipynb #a4ddb46a
+# %% ../../nbs/serving/protocol.ipynb #5892bbe1
 import json
 import time
 import uuid
@@ -21,7 +21,7 @@ from ..configs import ConfigError, nearest
 from ..decoding.sampling import decode_text, prompt_ids, row_seeds
 from .sequences import Delta, GenerationRequest
 
-# %% ../../nbs/serving/protocol.ipynb #1b8c9ca7
+# %% ../../nbs/serving/protocol.ipynb #1ed6ef5b
 _PROMPT = "a text, a list of texts, a list of token ids, or a list of such lists"
 
 def _is_ids(value) -> bool:
@@ -53,7 +53,7 @@ _stop_schema = {"anyOf": [{"type": "null"}, {"type": "string"},
 Prompt = Annotated[Any, BeforeValidator(_check_prompt), WithJsonSchema(_prompt_schema)]
 Stop = Annotated[Any, BeforeValidator(_check_stop), WithJsonSchema(_stop_schema)]
 
-# %% ../../nbs/serving/protocol.ipynb #c1a4c17c
+# %% ../../nbs/serving/protocol.ipynb #2e837f77
 class StrictModel(BaseModel):
     "A part of a request: unknown fields and values of another type are errors."
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -92,7 +92,7 @@ class SamplingFields(StrictModel):
         if 0 < (self.temperature or 0) < 1e-3:
             raise ConfigError("temperature: 0, or at least 0.001")
 
-# %% ../../nbs/serving/protocol.ipynb #98e04fa8
+# %% ../../nbs/serving/protocol.ipynb #3ed3748b
 class CompletionRequest(SamplingFields):
     "The body of `/v1/completions`."
     prompt: Prompt
@@ -142,7 +142,7 @@ class ChatRequest(SamplingFields):
         if None not in (self.max_tokens, self.max_completion_tokens):
             raise ConfigError("max_tokens: max_completion_tokens is given, too; keep that one")
 
-# %% ../../nbs/serving/protocol.ipynb #efd005df
+# %% ../../nbs/serving/protocol.ipynb #303b6703
 class APIError(Exception):
     "An answer that is an error: `status`, and a body of the API's form."
 
@@ -174,7 +174,7 @@ def validation_error(errors: list[dict]) -> APIError:
     reason = first["msg"].removeprefix("Value error, ")
     return APIError(400, f"{name or 'the body'}: {reason}", "invalid_value", name)
 
-# %% ../../nbs/serving/protocol.ipynb #d970dff5
+# %% ../../nbs/serving/protocol.ipynb #2c88b16d
 def as_prompts(prompt, tokenizer) -> list[list[int]]:
     "The token ids of each prompt of a body."
     if isinstance(prompt, str) or type(prompt[0]) is int: prompt = [prompt]
@@ -214,12 +214,13 @@ def generation_requests(body: SamplingFields, prompts: list[list[int]], max_toke
                               score_prompt=bool(scored), **common)
             for k, prompt in enumerate(prompts)]
 
-# %% ../../nbs/serving/protocol.ipynb #63d8b327
+# %% ../../nbs/serving/protocol.ipynb #29e84662
 def token_text(tokenizer, token: int) -> str:
     "A token by its own text, or by its name in the vocabulary where that is no text."
     text = decode_text(tokenizer, [token])
     if text and "\ufffd" not in text: return text
-    name = tokenizer.convert_ids_to_tokens(token)
+    convert = getattr(tokenizer, "convert_ids_to_tokens", None)
+    name = convert(token) if convert else None
     return name if isinstance(name, str) else f"token_id:{token}"
 
 def completion_logprobs(tokenizer, tokens: list[int], logprobs: list, alternatives: list,
@@ -246,7 +247,7 @@ def chat_logprobs(tokenizer, tokens: list[int], logprobs: list, alternatives: li
         {**entry(token, score), "top_logprobs": [entry(*pair) for pair in best]}
         for token, score, best in zip(tokens, logprobs, alternatives)]}
 
-# %% ../../nbs/serving/protocol.ipynb #6f5ce790
+# %% ../../nbs/serving/protocol.ipynb #1e698ade
 class AnswerWriter:
     """Writes the answers to `body` for the model called `name`. `prompts` are its token ids;
     choice `i·n + j` is sample j of prompt i."""
@@ -290,7 +291,7 @@ class AnswerWriter:
         self.offsets[choice] = ends[-1] if ends else self.offsets.get(choice, 0)
         return field
 
-# %% ../../nbs/serving/protocol.ipynb #3b4949c7
+# %% ../../nbs/serving/protocol.ipynb #ff9de14d
 def prompt_part(request: GenerationRequest) -> tuple:
     "Tokens, scores and alternatives of a prompt that was scored; nothing of another."
     if request.prompt_scores is None: return ()

@@ -6,7 +6,7 @@
 __all__ = ['PretrainedDecoder', 'decoding_engine', 'read_on', 'read_scored', 'PromptReader', 'RunningBatch', 'QueueFull',
            'SchedulerLimits', 'deliver_directly', 'check_request', 'Scheduler', 'SchedulerThread', 'fail_all']
 
-# %% ../../nbs/serving/scheduler.ipynb #08ede7ac
+# %% ../../nbs/serving/scheduler.ipynb #8bac26e2
 import threading
 import traceback
 from collections import deque
@@ -22,7 +22,7 @@ from .prefixes import PrefixCache, copy_row
 from .sequences import (
     Delta, GenerationRequest, Sequence, choose_tokens, explain_tokens)
 
-# %% ../../nbs/serving/scheduler.ipynb #a1a8f40c
+# %% ../../nbs/serving/scheduler.ipynb #47461f85
 class PretrainedDecoder:
     "A causal model of `transformers`, with full attention, as the decoding engine wants it."
 
@@ -43,7 +43,8 @@ class PretrainedDecoder:
     training = property(lambda self: self.model.training)
     def eval(self): return self.model.eval()
     def train(self): return self.model.train()
-    def __call__(self, *args, **kwargs): return self.model(*args, **kwargs)
+    def forward(self, *args, **kwargs): return self.model(*args, **kwargs)
+    __call__ = forward
 
     def make_cache(self, batch_size: int | None = None, capacity: int | None = None):
         "An empty cache with room for `capacity` columns."
@@ -57,7 +58,7 @@ def decoding_engine(model) -> Engine:
                           "model is needed")
     return Engine(model if hasattr(model, "make_cache") else PretrainedDecoder(model))
 
-# %% ../../nbs/serving/scheduler.ipynb #4896db25
+# %% ../../nbs/serving/scheduler.ipynb #b61884e3
 def read_on(engine: Engine, known: DecodingState, ids: list[int], piece: int):
     "Iterate over the state of a known beginning (left as it is) after each piece of `ids` more."
     state = engine.fork(known)
@@ -80,7 +81,7 @@ def read_scored(engine: Engine, ids: list[int], piece: int, top: int, scores: li
         cache = output.past_key_values
         yield DecodingState(output.logits[:, -1].clone(), lengths, cache, None, done, done)
 
-# %% ../../nbs/serving/scheduler.ipynb #e8b4479a
+# %% ../../nbs/serving/scheduler.ipynb #7e844720
 class PromptReader:
     """The queue of requests. `read(places)` reads one piece of what is first in it. `piece`: tokens
     read per turn."""
@@ -145,7 +146,7 @@ class PromptReader:
             self.read_tokens += len(other.prompt)
             places -= len(other.seeds)
 
-# %% ../../nbs/serving/scheduler.ipynb #d2afd32f
+# %% ../../nbs/serving/scheduler.ipynb #3fe66bcd
 class RunningBatch:
     "The `sequences` that are being written, row by row of `state`."
 
@@ -201,7 +202,7 @@ class RunningBatch:
                 self.tokens = self.tokens[torch.tensor(rows, device=self.tokens.device)]
         return left
 
-# %% ../../nbs/serving/scheduler.ipynb #04336235
+# %% ../../nbs/serving/scheduler.ipynb #8dd882c4
 class QueueFull(Exception):
     "No further request is taken; the queue is as long as it may be."
 
@@ -218,7 +219,7 @@ def deliver_directly(deltas: list[tuple[GenerationRequest, Delta]]) -> None:
     "Call each request's `receive` in the thread that runs the model."
     for request, delta in deltas: request.receive(delta)
 
-# %% ../../nbs/serving/scheduler.ipynb #43c4e6b1
+# %% ../../nbs/serving/scheduler.ipynb #64cd1746
 def check_request(engine: Engine, limits: SchedulerLimits, request: GenerationRequest) -> None:
     "A `ConfigError` for a request that cannot be served."
     prompt, vocabulary = request.prompt, engine.model.config.vocab_size
@@ -235,7 +236,7 @@ def check_request(engine: Engine, limits: SchedulerLimits, request: GenerationRe
         raise ConfigError(f"logit_bias: token id {wrong[0]}; the model knows 0 to "
                           f"{vocabulary - 1}")
 
-# %% ../../nbs/serving/scheduler.ipynb #15bcfbd7
+# %% ../../nbs/serving/scheduler.ipynb #cd243e47
 def _joined(scheduler, state: DecodingState, requests: list[GenerationRequest]):
     "Take prompts that have been read into the batch, a row per sample; deltas of those that end."
     deltas, rows, sequences = [], [], []
@@ -271,7 +272,7 @@ def _let_go(scheduler):
         tell(sequence.request, [sequence.index])
     return deltas
 
-# %% ../../nbs/serving/scheduler.ipynb #0eff6301
+# %% ../../nbs/serving/scheduler.ipynb #afbb37ee
 class Scheduler:
     """Writes the texts of many requests in one batch with `model` and `tokenizer`. `deliver` is
     called with a list of `(request, Delta)` per turn; `log` with a line when something broke."""
@@ -318,7 +319,7 @@ class Scheduler:
         if deltas: self.deliver(deltas)
         self.batch.step()
 
-# %% ../../nbs/serving/scheduler.ipynb #f81d6d35
+# %% ../../nbs/serving/scheduler.ipynb #8c7f910f
 class SchedulerThread:
     "Runs a `Scheduler`'s turns in a thread of its own, from `start` to `close`."
 

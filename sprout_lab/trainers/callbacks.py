@@ -356,7 +356,7 @@ class Console(Callback):
         facts = trainer.facts()["model_info"]
         self.say(trainer, f"{facts['family']}, {facts['parameters']:,} parameters, on "
                           f"{trainer.data.name}: {trainer.total_steps:,} steps of "
-                          f"{trainer.tokens_per_step:,} tokens on "
+                          f"{trainer.tokens_per_step:,} {trainer.objective.counted} on "
                           f"{trainer.accelerator.device.type} → {trainer.run.folder}")
 
     def say(self, trainer, line: str):

@@ -38,22 +38,24 @@ def learning_rate_at(step: int, config: TrainingConfig, total_steps: int) -> flo
 # %% ../../nbs/trainers/optimizers.ipynb #ab0883cd
 def newton_schulz(gradient: torch.Tensor, steps: int = 5, epsilon: float = 1e-7) -> torch.Tensor:
     """The nearest semi-orthogonal matrix to `gradient` [m, n], approximately, in bfloat16 (Jordan et
-    al., 2024)."""
+    al., 2024); of a stack [k, m, n], to each of its matrices."""
     a, b, c = 3.4445, -4.7750, 2.0315
     x = gradient.bfloat16()                     # [m, n]
-    tall = x.size(0) > x.size(1)
-    if tall: x = x.T
-    x = x / x.norm().clamp(min=epsilon)
+    tall = x.size(-2) > x.size(-1)
+    if tall: x = x.mT
+    size = x.norm() if x.ndim == 2 else x.norm(dim=(-2, -1), keepdim=True)
+    x = x / size.clamp(min=epsilon)
+    add_product = torch.addmm if x.ndim == 2 else torch.baddbmm
     for _ in range(steps):
-        gram = x @ x.T                          # [min(m, n), min(m, n)]
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.T if tall else x
+        gram = x @ x.mT                         # [min(m, n), min(m, n)]
+        x = add_product(x, add_product(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
 
 # %% ../../nbs/trainers/optimizers.ipynb #f03e756c
 class MuonFallback(torch.optim.Optimizer):
-    """Muon for torch before 2.9, and for matrices that are split over processes: each puts the whole
-    gradient together and keeps its part of the update. The arithmetic is `torch.optim.Muon`'s under
-    `adjust_lr_fn='match_rms_adamw'`."""
+    """Muon for torch before 2.9, for matrices that are split over processes (each puts the whole
+    gradient together and keeps its part of the update), and for stacks of matrices. The arithmetic
+    is `torch.optim.Muon`'s under `adjust_lr_fn='match_rms_adamw'`."""
 
     def __init__(self, params, lr=1e-3, weight_decay=0.1, momentum=0.95):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
@@ -69,7 +71,7 @@ class MuonFallback(torch.optim.Optimizer):
         buffer.lerp_(p.grad, 1 - group["momentum"])
         update = _orthogonal(p.grad.lerp(buffer, group["momentum"]))
         p.mul_(1 - group["lr"] * group["weight_decay"])
-        p.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(p.shape)))
+        p.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(p.shape[-2:])))
 
 def _orthogonal(gradient: torch.Tensor) -> torch.Tensor:
     "`newton_schulz` of a gradient that may be split over processes; the result is split like it."
@@ -119,13 +121,16 @@ class CombinedOptimizer(torch.optim.Optimizer):
 
 # %% ../../nbs/trainers/optimizers.ipynb #206e55e2
 def parameter_groups(model: nn.Module) -> dict[str, list]:
-    """Named parameters that train, by kind: `matrices` (two-dimensional, inside the blocks),
-    `embeddings` (input, output), `vectors` (norms, biases, all else)."""
+    """Named parameters that train, by kind: `matrices` (two-dimensional, inside the blocks, or
+    what a module's `parameter_kinds` names so), `embeddings` (input, output), `vectors` (norms,
+    biases, all else)."""
     groups, outer = {"matrices": [], "embeddings": [], "vectors": []}, _embeddings(model)
+    said = {id(getattr(module, name)): kind for module in model.modules()
+            for name, kind in getattr(module, "parameter_kinds", {}).items()}
     for name, p in model.named_parameters():
         if not p.requires_grad: continue
         kind = "embeddings" if id(p) in outer else "matrices" if p.ndim == 2 else "vectors"
-        groups[kind].append((name, p))
+        groups[said.get(id(p), kind)].append((name, p))
     return groups
 
 def _embeddings(model: nn.Module) -> set[int]:
@@ -142,6 +147,10 @@ def _by_lr_scale(params: list, **settings) -> list[dict]:
     return [{**settings, "lr_scale": one[1], "params": [p for p in params if kind(p) == one]}
             for one in sorted(set(map(kind, params)))]
 
+def _by_dimensions(matrices: list) -> tuple[list, list]:
+    "Plain matrices, and stacks of them."
+    return [p for p in matrices if p.ndim == 2], [p for p in matrices if p.ndim > 2]
+
 def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
     "The optimizer of a run: AdamW, or Muon for the matrices of the blocks and AdamW for the rest."
     groups = {kind: [p for _, p in named] for kind, named in parameter_groups(model).items()}
@@ -153,8 +162,11 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Opt
             *_by_lr_scale(groups["vectors"], weight_decay=0.0)]
     parts = []
     if with_muon:
-        parts.append(muon(_by_lr_scale(groups["matrices"]), config.learning_rate,
-                          config.weight_decay))
+        flat, stacks = _by_dimensions(groups["matrices"])
+        rates = config.learning_rate, config.weight_decay
+        if flat: parts.append(muon(_by_lr_scale(flat), *rates))
+        # torch's own Muon takes no stacks
+        if stacks: parts.append(MuonFallback(_by_lr_scale(stacks), *rates))
     if rest:
         parts.append(torch.optim.AdamW(rest, lr=config.learning_rate, eps=config.adam_epsilon,
                                        betas=(config.beta1, config.beta2), fused=True))
