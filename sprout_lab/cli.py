@@ -279,11 +279,23 @@ def _train(settings, quiet: bool) -> None:
     from sprout_lab.families import make_trainer, objective_for
     trainer = make_trainer(settings, log=_log(quiet))
     main_process = trainer.accelerator.is_main_process
-    with trainer.run.lock() if main_process else nullcontext(): trainer.train()
+    try:
+        with trainer.run.lock() if main_process else nullcontext(): trainer.train()
+    except RuntimeError as error: _say_who_is_gone(trainer, error)
     if not main_process: return
     curve = trainer.run.results / f"{objective_for(settings).metric}.png"
     if not curve.exists(): curve = trainer.run.results / "loss.png"
     click.echo(f"curve: {curve}" if curve.exists() else f"run: {trainer.run.folder}")
+
+def _say_who_is_gone(trainer, error: RuntimeError) -> None:
+    "Of several processes one has died: the others end with a line that says what is left."
+    from sprout_lab.trainers.parallel import is_lost_process
+    if trainer.accelerator.num_processes == 1 or not is_lost_process(error): raise error
+    steps = trainer.run.steps()
+    left = f"step_{steps[-1]} is whole" if steps else "there is no checkpoint yet"
+    raise ConfigError(f"{trainer.run.folder}: another process of this job is gone, at step "
+                      f"{trainer.step}; {left}, and the same command with --resume_from auto goes "
+                      "on from there") from None
 
 @cli.command("train", cls=_Families, subcommand_metavar="FAMILY [FLAGS]",
              context_settings={"ignore_unknown_options": True})
@@ -802,6 +814,52 @@ def _compare_command(families, no_pictures, flags, quiet):
     if not quiet: click.echo("\n" + "\n".join(f"note: {line}" for line in cautions(summary)[1:-2]))
     click.echo(f"report: {write_report(comparison, pictures=not no_pictures)}")
 
+# %% ../nbs/cli.ipynb #10834833
+@cli.command("sweep", cls=Drawn, settings=_settings_of("sprout_lab.laboratory.sweep",
+                                                       "SweepConfig"))
+@click.argument("family")
+@_quiet
+def _sweep_command(family, flags, quiet):
+    """Search settings of a family, such as --set learning_rate=0.001..0.03 --set
+    hidden_size=64,128, in several processes; killed, the same command goes on."""
+    from sprout_lab.laboratory.report import table_text
+    from sprout_lab.laboratory.sweep import Sweep, SweepConfig, plot_sweep, run_sweep, sweep_table
+    sweep = Sweep(family, SweepConfig(**flags), log=_log(quiet))
+    if sweep.config.engine == "ray":
+        from sprout_lab.laboratory.ray_sweep import run_ray_sweep as run_sweep   # noqa: F811
+    rows = run_sweep(sweep)
+    click.echo(table_text(sweep_table(rows)))
+    if any(row["score"] is not None for row in rows) and sweep.searched:
+        picture = sweep.folder / "sweep.png"
+        plot_sweep(sweep, rows).savefig(picture, dpi=150, bbox_inches="tight")
+        click.echo(f"figure: {picture}")
+
+@cli.command("scaling", cls=Drawn, settings=_settings_of("sprout_lab.laboratory.scaling",
+                                                         "ScalingConfig"))
+@_quiet
+def _scaling_command(flags, quiet):
+    "Loss against compute for each family: a law, a prediction of the last rung, and its check."
+    from sprout_lab.laboratory.scaling import (
+        ScalingConfig, plot_scaling, prediction_words, run_scaling)
+    config = ScalingConfig(**flags)
+    for row in run_scaling(config, log=_log(quiet)): click.echo(prediction_words(row))
+    picture = user_path(config.output_dir) / "scaling.png"
+    plot_scaling(config).savefig(picture, dpi=150, bbox_inches="tight")
+    click.echo(f"figure: {picture}")
+
+@cli.command("records")
+@click.argument("results", metavar="[RESULTS.json]", nargs=-1)
+@click.option("--studies", default="studies", show_default=True, metavar="DIR",
+              help="Folder of the recorded results.")
+@click.option("--update", is_flag=True, help="Take results that are not worse into the record.")
+def _records_command(results, studies, update):
+    """The recorded results as a table; given results of `sprout-lab compare`, a check that none
+    is worse than its record."""
+    from sprout_lab.laboratory.records import check_records, leaderboard, read_records
+    if not results: return click.echo(leaderboard(read_records(studies)))
+    if not check_records(results, studies, update, log=click.echo):
+        raise ConfigError("a result is worse than its record, see above")
+
 # %% ../nbs/cli.ipynb #7221fb65
 NEEDED = ("torch", "transformers", "accelerate", "safetensors", "tokenizers", "tiktoken",
           "datasets", "click", "numpy", "matplotlib", "seaborn", "tqdm", "tensorboard", "ipywidgets")
@@ -874,3 +932,51 @@ def _completion_command(shell):
     "Print the completion script of a shell: eval \"$(sprout-lab completion bash)\"."
     from click.shell_completion import get_completion_class
     click.echo(get_completion_class(shell)(cli, {}, "sprout-lab", "_SPROUT_LAB_COMPLETE").source())
+
+# %% ../nbs/cli.ipynb #1af27807
+@cli.command("search", cls=Drawn,
+             settings=_settings_of("sprout_lab.decoding.search", "SearchConfig"))
+@click.argument("model_path", metavar="RUN")
+@click.option("--prompt", default="\n", help="Text to continue [a new line].")
+@click.option("--reward", metavar="REWARD", default=None,
+              help="regex:…, json, json_schema:FILE, length:N, python:module.function, likelihood, "
+                   "spectral; a sum as 1*json + 0.1*likelihood.")
+@click.option("--samples", type=click.IntRange(0), default=3, show_default=True,
+              help="Texts of the posterior to print.")
+@click.option("--html", metavar="FILE", help="Write how the tree grew, as a page.")
+@click.option("--gif", metavar="FILE", help="Write how the tree grew, as a moving picture.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto",
+              show_default=True)
+def _search_command(model_path, prompt, reward, samples, html, gif, device, flags):
+    """Continue a text by looking ahead: write many, learn where it pays to go on, keep the best.
+    Ctrl-C ends it with the best so far."""
+    from sprout_lab.decoding.rewards import make_reward
+    from sprout_lab.decoding.search import SearchConfig, search
+    flags["stop"] = [text.replace("\\n", "\n") for text in flags.get("stop", [])]
+    config = SearchConfig(**flags)
+    if reward is not None: make_reward(reward)   # a misspelt one is found before the model is read
+    model, tokenizer, _ = _writer(model_path, device)
+    score = None if reward is None else make_reward(reward, model, tokenizer)
+    found = search(model, tokenizer, _as_utf8(prompt, "prompt"), score, config)
+    click.echo(found.text)
+    _report_search(found, samples)
+    for file, write in ((html, _tree_page), (gif, _tree_gif)):
+        if file is not None: write(found, user_path(file))
+
+# %% ../nbs/cli.ipynb #467539ad
+def _report_search(found, samples: int) -> None:
+    "What a search found and what it cost, to standard error."
+    cost, stopped = found.cost, " (stopped)" if found.interrupted else ""
+    _to_stderr(f"{found.method}{stopped}: reward {found.reward:.6g}, log p {found.logprob:.4g}; "
+               f"{len(found.completions)} texts, {found.nodes} nodes, {cost.tokens_evaluated} "
+               f"tokens "
+               f"read after {cost.prefix_tokens} of the prompt, {cost.seconds:.1f} s")
+    for text, weight in found.samples[:samples]: _to_stderr(f"  {weight:6.1%}  {text!r}")
+
+def _tree_page(found, file) -> None:
+    from sprout_lab.visualizers.tree import growth_html
+    file.write_text(growth_html(found.frames, title="A search"), encoding="utf-8")
+
+def _tree_gif(found, file) -> None:
+    from sprout_lab.visualizers.tree import growth_gif
+    growth_gif(found.frames, file)

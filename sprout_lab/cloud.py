@@ -67,6 +67,10 @@ def package_source() -> str:
                       "git+https://… or the name of a package")
 
 # %% ../nbs/cloud.ipynb #7b64fb53
+def _yaml(content: dict) -> str:
+    "As YAML, a command on one line, however long."
+    return yaml.safe_dump(content, sort_keys=False, width=10**6)
+
 def skypilot_task(job: CloudJob) -> dict:
     "The job as a task of SkyPilot."
     return {"name": job.name,
@@ -77,7 +81,7 @@ def skypilot_task(job: CloudJob) -> dict:
 def write_vm(job: CloudJob, folder: Path) -> tuple[list[Path], str]:
     "Write task.yaml; returns the files and the command that starts them."
     path = folder / "task.yaml"
-    path.write_text(yaml.safe_dump(skypilot_task(job), sort_keys=False))
+    path.write_text(_yaml(skypilot_task(job)))
     return [path], f"sky launch --down -c {job.name} {shlex.quote(str(path))}"
 
 # %% ../nbs/cloud.ipynb #e958a7e5
@@ -96,7 +100,7 @@ def vertex_spec(job: CloudJob) -> dict:
 def write_vertex(job: CloudJob, folder: Path) -> tuple[list[Path], str]:
     "Write custom_job.yaml; returns the files and the command that starts them."
     path = folder / "custom_job.yaml"
-    path.write_text(yaml.safe_dump(vertex_spec(job), sort_keys=False))
+    path.write_text(_yaml(vertex_spec(job)))
     return [path], (f"gcloud ai custom-jobs create --region={job.region} "
                     f"--display-name={job.name} --config={shlex.quote(str(path))}")
 

@@ -37,7 +37,7 @@ from .models.transformer import TransformerConfig, TransformerForCausalLM
 from .models.tslm import OpenTSLM, TSLMConfig
 from .evaluation.series import Series   # importing it registers the objective
 from .objectives import Objective, get_objective
-from .remote import localized, mirror_of
+from .remote import mirror_of, run_folders
 from .runs import Run, claim, find_checkpoint
 from .trainers.checkpoints import load_pretrained
 from .trainers.growth import EpochSummary, Growth
@@ -79,6 +79,14 @@ class Family:
 
     @property
     def presets(self) -> list[str]: return preset_names(self.name)
+
+    @property
+    def parallel(self) -> tuple[str, ...]:
+        """How several processes may share its models: `data` serves every family, `sharded` and
+        `tensor` those whose model has a plan for it (`parallel_plan`, see trainers/parallel)."""
+        plan = getattr(self.model_class(), "parallel_plan", None)
+        if plan is None: return ("data",)
+        return ("data", "sharded", "tensor") if "column" in plan else ("data", "sharded")
 
     def model_class(self, objective: str | None = None) -> type:
         "The model's class for an objective, the family's own without one."
@@ -221,11 +229,11 @@ def configure(family: str | None, flags: dict | None = None, *, config: str | No
               preset: str | None = None, size: str | None = None, log=print) -> RunConfig:
     """Everything that decides a run, checked: flag > file > preset > default. Without a preset or a
     size, the preset is nano."""
-    flags = localized(flags or {})   # what lies in a bucket is copied
+    flags = run_folders(flags or {})   # what lies in a bucket has a folder here
     if config is not None and not user_path(config).exists():
         family, config, preset = _shipped_configuration(family, config, preset, log)
     config = config or _configuration_of_resumed(flags)
-    content = {} if config is None else localized(read_settings(config))
+    content = {} if config is None else read_settings(config)
     if flags.get("resume_from") and config and Path(config).name == "config.yaml":
         flags.setdefault("output_dir", content.get("output_dir"))
     entry = _named_family(family, content, config)

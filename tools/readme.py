@@ -1,5 +1,5 @@
-"""README.md from nbs/index.ipynb: hidden cells dropped, text outputs as code. `--check` only says
-whether they are in step."""
+"""README.md from nbs/index.ipynb: hidden cells dropped, text outputs as code, `{families}` as the
+table of the register. `--check` only says whether they are in step."""
 import json
 import re
 import sys
@@ -14,6 +14,28 @@ def address() -> dict:
     config = ConfigParser(delimiters=["="])
     config.read(root / "settings.ini", encoding="utf-8")
     return {key: config["DEFAULT"][key] for key in ("user", "repo", "branch")}
+
+
+def families_table() -> str:
+    """The families of the register as a table, each with its picture, guide, room and Colab
+    notebook, as far as they are there."""
+    from sprout_lab.families import families
+    at = "https://colab.research.google.com"
+    badge = f"[![Colab]({at}/assets/colab-badge.svg)]({at}/github/{{user}}/{{repo}}/blob/{{branch}}"
+    site = "https://{user}.github.io/{repo}/guides"
+    rows = ["| | family | guide | how it is built | docs | Colab |", "|---|---|---|---|---|---|"]
+    for name, family in families.items():
+        pictures = [f"images/{name}{kind}" for kind in (".gif", ".png")]
+        shown = next((p for p in pictures if (root / "nbs" / p).exists()), None)
+        picture = f'<img src="{shown}" width="200" alt="{family.title}">' if shown else ""
+        pages = {"guide": f"guides/{name}.ipynb", "model": f"models/{name}.ipynb"}
+        guide, model = (f"[{word}]({page})" if (root / "nbs" / page).exists() else ""
+                        for word, page in pages.items())
+        colab = f"{badge}/colab/{name}.ipynb)" if (root / f"colab/{name}.ipynb").exists() else ""
+        docs = f"[docs]({site}/{name}.html)" if guide else ""
+        cells = [picture, f"**{family.title}**: {family.summary}", guide, model, docs, colab]
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
 
 
 def render() -> str:
@@ -32,10 +54,12 @@ def render() -> str:
             if markdown: parts.append("".join(markdown).strip())
             elif text: parts.append(f"```text\n{''.join(text).rstrip()}\n```")
     text = "\n\n".join(parts) + "\n"
+    if "{families}" in text: text = text.replace("{families}", families_table())
     for key, value in address().items(): text = text.replace("{" + key + "}", value)
     first = "<!-- written by tools/readme.py from nbs/index.ipynb; edit that -->\n"
     # the notebook's own links are seen from nbs/, those of the README from the root
-    return first + re.sub(r"\]\((?=(?:images|guides|models)/)", "](nbs/", text)
+    text = re.sub(r"\]\((?=(?:images|guides|models)/|start\.ipynb)", "](nbs/", text)
+    return first + text.replace('src="images/', 'src="nbs/images/')
 
 
 if __name__ == "__main__":

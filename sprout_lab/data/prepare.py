@@ -35,6 +35,7 @@ from .tokenizers import (
     process_map, resolve_tokenizer, save_tokenizer, token_bytes)
 from .tokens import MAGIC, TokenFile, TokenWriter, token_dtype
 from ..progress import Progress
+from ..remote import localized
 
 logger = logging.getLogger("sprout_lab")
 
@@ -884,7 +885,7 @@ def load_data(config: DataConfig | None = None, tokenizer=None,
     """The training and validation data of a configuration, prepared and cached where needed.
     `tokenizer` overrides the configured one (a checkpoint's own). Raises one-line `ConfigError`s
     for whatever is wrong with paths, files, names and sizes."""
-    config = config or DataConfig()
+    config = localized(config or DataConfig())   # what lies in a bucket is copied
     if config.data_dir: data = _folder_data(config, tokenizer, progress)
     elif config.train_data_path: data = _file_data(config, tokenizer, progress)
     else:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'ALIASES', 'method_named', 'SearchConfig', 'Prompt', 'as_prompt', 'SearchResult', 'Findings', 'Writer',
-           'write_on', 'run_samples', 'importance', 'run_beams', 'Descent', 'Growth', 'TreeSearch', 'search', 'trie',
-           'compare']
+           'write_on', 'run_samples', 'importance', 'run_beams', 'Trail', 'Descent', 'Growth', 'TreeSearch', 'search',
+           'trie', 'compare']
 
 # %% ../../nbs/decoding/search.ipynb #be74c64b
 from collections import Counter
@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from ..configs import ConfigError, Settings, nearest, setting
-from .branches import Cost, MeteredEngine, joinable, make_store
+from .branches import (
+    Cost, MeteredEngine, joinable, keeps_steps, make_store)
 from .engine import DecodingState
 from .forecasts import Spectral
 from .rewards import score_written
@@ -191,15 +192,11 @@ class Writer:
         self.generator = torch.Generator().manual_seed(config.seed)
         self.random = np.random.default_rng(config.seed)
         self.root = self.engine.read_prompt(self.prompt.read, self.capacity, inputs)
+        _check_finite(self.root.logits)
 
     def log_probs(self, state: DecodingState) -> torch.Tensor:
         "Log p of every next token, `(rows, vocabulary)`."
-        logits = state.logits.float()
-        if not torch.isfinite(logits.amax(-1)).all():
-            raise ConfigError("the model's logits are not finite; its weights have diverged, load "
-                              "an "
-                              "earlier checkpoint")
-        return logits.log_softmax(-1)
+        return state.logits.float().log_softmax(-1)
 
     def draw(self, log_probs: torch.Tensor, temperature: float) -> torch.Tensor:
         "A token per row; temperature 0: the likeliest."
@@ -213,6 +210,11 @@ def _check_causal(model) -> None:
     raise ConfigError(f"{type(model).__name__}: does not continue a text; a causal language model "
                       f"is "
                       f"needed")
+
+def _check_finite(logits: torch.Tensor) -> None:
+    if torch.isfinite(logits.amax(-1)).all(): return
+    raise ConfigError("the model's logits are not finite; its weights have diverged, load an "
+                      "earlier checkpoint")
 
 def _stop_tokens(tokenizer, stop: list[str]) -> set[int]:
     "The ids of stop texts, each of which is one token."
@@ -236,15 +238,15 @@ def _check_room(limit: int | None, length: int, config: SearchConfig) -> None:
 
 # %% ../../nbs/decoding/search.ipynb #1b68d5ff
 def write_on(writer: Writer, state: DecodingState, started: list[tuple[list[int], list[float]]],
-             temperature: float | None = None) -> list[tuple[list[int], list[float]]]:
+             temperature: float | None = None, trail=None) -> list[tuple[list[int], list[float]]]:
     """Write the rows of `state` to their ends: an end token, or `max_new_tokens`. `started`: (ids, log
     p of each) of every row since the prompt; what comes back are those, finished."""
     temperature = writer.config.temperature if temperature is None else temperature
     texts, rows = [(list(ids), list(row)) for ids, row in started], list(range(len(started)))
     while True:
         log_probs = writer.log_probs(state)                                  # (rows, V)
-        if writer.guide is None: tokens = writer.draw(log_probs, temperature)
-        else: state, tokens, log_probs = writer.guide(writer, state, log_probs)
+        if trail is not None: trail.read(rows, state, log_probs)
+        tokens = writer.draw(log_probs, temperature)
         gained = log_probs.gather(-1, tokens[:, None])[:, 0].tolist()
         going = []
         for place, (row, token, gain) in enumerate(zip(rows, tokens.tolist(), gained)):
@@ -256,7 +258,7 @@ def write_on(writer: Writer, state: DecodingState, started: list[tuple[list[int]
         if len(going) < len(rows):
             writer.engine.select(state, going)
             rows, tokens = [rows[place] for place in going], tokens[going]
-        if writer.guide is None: writer.engine.step(state, tokens)
+        writer.engine.step(state, tokens)
 
 # %% ../../nbs/decoding/search.ipynb #51ce990f
 def run_samples(writer: Writer) -> list[tuple[Completion, float]]:
@@ -313,6 +315,29 @@ def _best_beams(writer, state, live, done, beams: int) -> tuple:
             parents.append(row)
     return going, done, parents
 
+# %% ../../nbs/decoding/search.ipynb #eda2c6dd
+class Trail:
+    """What is kept along some texts: per text, depth → (place, log_probs). `leaves`: where they
+    begin."""
+    most = 2**26   # numbers; 256 MB of log p
+
+    def __init__(self, store, leaves: list[Node]):
+        self.store, self.depths = store, [leaf.depth for leaf in leaves]
+        self.places, self.steps = [leaf.place for leaf in leaves], [{} for _ in leaves]
+        self.begun = self.full = False
+
+    def read(self, rows: list[int], state: DecodingState, log_probs: torch.Tensor) -> None:
+        "Take note of a state whose rows have read one token more; what it begins with is known."
+        begun, self.begun = self.begun, True
+        self.full = self.full or self.store.kept + log_probs.numel() > self.most
+        if self.full or not begun: return
+        self.store.kept += log_probs.numel()
+        places = self.store.save(state, [self.places[row] for row in rows])
+        for row, place, log_p in zip(rows, places, log_probs):
+            self.depths[row] += 1
+            self.places[row] = place
+            self.steps[row][self.depths[row]] = place, log_p
+
 # %% ../../nbs/decoding/search.ipynb #fe57dd1b
 _RULES = {"mcts": ("uct", "mean"), "dts": ("boltzmann", "soft"), "dts*": ("uct", "soft"),
           "s-adt": ("boltzmann", "soft")}   # selection and backup
@@ -332,7 +357,8 @@ class Descent:
         self.backup = backup if self.config.backup == "auto" else self.config.backup
         self.store = make_store(writer.engine, writer.root, writer.capacity)
         self.root = Node(log_probs=writer.log_probs(writer.root)[0])
-        self.frames = []
+        self.frames, self.trails = [], []
+        self.follows = keeps_steps(self.store) and writer.guide is None
 
     def descend_together(self) -> list[Node]:
         "Leaves for one batch, as many as rollouts and tokens are left for; they count as visited."
@@ -340,7 +366,8 @@ class Descent:
         count = min(self.config.batch_size, self.config.rollouts - self.root.visits)
         for _ in range(count):
             leaf = self.descend()
-            room -= 0 if leaf.terminal else self.writer.longest - leaf.depth
+            read = getattr(self.writer.guide, "candidates", 1)   # tokens for each that is written
+            room -= 0 if leaf.terminal else read * (self.writer.longest - leaf.depth)
             if room < 0:
                 _leave(leaf)
                 break
@@ -356,8 +383,7 @@ class Descent:
             target = config.expansion_k
             if config.widening: target = int(np.ceil(target * node.visits ** config.widening))
             made = node.draws if config.expand == "sample" else len(node.children)
-            if not node.children or (config.widening and made < target):
-                self.grow(node, target)
+            if made < target and (config.widening or not made): self.grow(node, target)
             node = choose(node, self.rule, config.lam, config.exploration, self.writer.random)
             node.visits += 1
         return node
@@ -386,6 +412,9 @@ class Growth(Descent):
             if group: written += self.read_and_write(group, times)
         completions = self.writer.findings.add([text for _, text in written])
         for (leaf, _), completion in zip(written, completions): add_completion(leaf, completion)
+        for (ids, _), steps in self.trails: self.writer.findings.known[tuple(ids)].trail |= steps
+        self.trails = []
+        for leaf in fresh: self.grow(leaf, self.config.expansion_k)
         for leaf in distinct:   # a finished text that is met again
             again = times[id(leaf)] - sum(leaf is other for other, _ in written)
             for _ in range(again if leaf.terminal else 0): _count_again(leaf, self.writer.findings)
@@ -402,7 +431,11 @@ class Growth(Descent):
         rows = [row for row, leaf in enumerate(leaves) for _ in range(times[id(leaf)])]
         if len(rows) > len(leaves): engine.select(state, rows)
         started = [_path_text(leaves[row]) for row in rows]
-        return list(zip((leaves[row] for row in rows), write_on(self.writer, state, started)))
+        trail = Trail(self.store, [leaves[row] for row in rows]) if self.follows else None
+        if self.writer.guide is not None: texts = self.writer.guide(self.writer, state, started)
+        else: texts = write_on(self.writer, state, started, trail=trail)
+        if trail is not None: self.trails += list(zip(texts, trail.steps))
+        return list(zip((leaves[row] for row in rows), texts))
 
     def observe(self) -> None:
         "Note what is known now, and show it to who watches."

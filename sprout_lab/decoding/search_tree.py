@@ -35,11 +35,13 @@ def tilt(weights, values, lam: float) -> np.ndarray:
 @dataclass(eq=False)
 class Completion:
     """A finished text: its ids after the prompt (an end token included), the text without that, its
-    reward, and log p of every token, nats."""
+    reward, and log p of every token, nats. `trail`: depth → (place, log_probs), what the model
+    remembers and predicts on its way; a node that is made there need not be read again."""
     ids: tuple[int, ...]
     text: object
     reward: float
     token_logprobs: list[float]
+    trail: dict = field(default_factory=dict, repr=False)
 
     @property
     def logprob(self) -> float: return math.fsum(self.token_logprobs)
@@ -162,6 +164,8 @@ def _draw(node: Node, token: int, ends, longest: int) -> Node:
 def _move_down(child: Node, completion: Completion) -> None:
     "Give a completion to the child that it went through."
     child.rollouts.append(completion)
+    if child.log_probs is None and child.depth in completion.trail:
+        child.place, child.log_probs = completion.trail[child.depth]
     child.visits += 1
     child.total += completion.reward
     child.count += 1

@@ -147,6 +147,9 @@ def measure_diversity(subject: Subject, evaluator: Evaluator, tokens, judge: str
     starts = [round(len(tokens) * share) for share in (0.1, 0.4, 0.7)]
     prompts = [subject.tokenizer.decode([int(i) for i in tokens[start:start + 24]])
                for start in starts]
+    longest = [getattr(one.model.config, "max_position_embeddings", None) or 144
+               for one in (subject, *rivals.values())]
+    how.setdefault("length", max(1, min(120, min(longest) - 24)))
     points = []
     for name, one in {"": subject, **rivals}.items():
         front = diversity_front(one.model, one.tokenizer, prompts, judge=reader,

@@ -11,6 +11,7 @@ import copy
 import threading
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -44,7 +45,7 @@ def size_words(size: float) -> str:
 # %% ../../nbs/panels/estimate.ipynb #94926b96
 def resident_bytes() -> int | None:
     "Bytes of this process's own memory; None where the system does not tell (it has no /proc)."
-    try: lines = open("/proc/self/status", encoding="ascii").read().splitlines()
+    try: lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     except OSError: return None
     found = next((line for line in lines if line.startswith("RssAnon")), None)
     return 1024 * int(found.split()[1]) if found else None
