@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 RUN := runs/demo
 
-.PHONY: demo test slow lab docs bench gpu export
+.PHONY: demo test slow lab app docs bench records gpu export
 
 demo: $(READY)  ## train, let it write, then compare all families (under five minutes on two cores)
 	@$(BIN)/sprout-lab train transformer --preset demo --output_dir $(RUN) --resume_from auto
@@ -25,11 +25,17 @@ slow: $(READY)  ## the checks that take minutes or a GPU
 lab: $(READY)  ## JupyterLab on the notebooks
 	@$(BIN)/jupyter lab --notebook-dir=nbs
 
+app: $(READY)  ## the lab as a page, on this machine alone: http://127.0.0.1:8866
+	@$(BIN)/voila nbs/lab.ipynb --Voila.ip=127.0.0.1 --no-browser --show_tracebacks=True
+
 docs: $(READY)  ## the documentation as a site, in site/
 	@$(BIN)/python tools/docs.py
 
 bench: $(READY)  ## ratios against named peers (NANOGPT=path of a clone)
 	@OMP_NUM_THREADS=1 $(BIN)/sprout-lab bench transformer $(if $(NANOGPT),--peer nanogpt=$(NANOGPT))
+
+records: $(READY)  ## every comparison below runs/ beside the recorded one of its plan: fails where one is worse
+	@$(BIN)/sprout-lab records $(shell find runs -path '*/results.json' -not -path '*/results/*' 2>/dev/null)
 
 gpu:  ## all that needs a GPU, with the machine's own Python (DEVICE=cpu QUICK=1: at toy size)
 	@$(PYTHON) tools/gpu.py $(if $(DEVICE),--device $(DEVICE)) $(if $(QUICK),--quick) \

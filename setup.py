@@ -30,7 +30,9 @@ setup(
     install_requires=lines("requirements"),
     extras_require={"dev": lines("dev_requirements"), "wandb": lines("wandb_requirements"),
                     "sentencepiece": words("sentencepiece_requirements"), "evaluation": lines("evaluation_requirements"),
-                    "serve": words("serve_requirements")},
+                    "serve": words("serve_requirements"),
+                    "sweep": words("sweep_requirements"), "ray": words("ray_requirements"),
+                    "app": words("app_requirements")},
     entry_points={"console_scripts": lines("console_scripts") + dev_scripts,
                   "nbdev": ["sprout_lab=sprout_lab._modidx:d"]},
 )

@@ -279,11 +279,23 @@ def _train(settings, quiet: bool) -> None:
     from sprout_lab.families import make_trainer, objective_for
     trainer = make_trainer(settings, log=_log(quiet))
     main_process = trainer.accelerator.is_main_process
-    with trainer.run.lock() if main_process else nullcontext(): trainer.train()
+    try:
+        with trainer.run.lock() if main_process else nullcontext(): trainer.train()
+    except RuntimeError as error: _say_who_is_gone(trainer, error)
     if not main_process: return
     curve = trainer.run.results / f"{objective_for(settings).metric}.png"
     if not curve.exists(): curve = trainer.run.results / "loss.png"
     click.echo(f"curve: {curve}" if curve.exists() else f"run: {trainer.run.folder}")
+
+def _say_who_is_gone(trainer, error: RuntimeError) -> None:
+    "Of several processes one has died: the others end with a line that says what is left."
+    from sprout_lab.trainers.parallel import is_lost_process
+    if trainer.accelerator.num_processes == 1 or not is_lost_process(error): raise error
+    steps = trainer.run.steps()
+    left = f"step_{steps[-1]} is whole" if steps else "there is no checkpoint yet"
+    raise ConfigError(f"{trainer.run.folder}: another process of this job is gone, at step "
+                      f"{trainer.step}; {left}, and the same command with --resume_from auto goes "
+                      "on from there") from None
 
 @cli.command("train", cls=_Families, subcommand_metavar="FAMILY [FLAGS]",
              context_settings={"ignore_unknown_options": True})
@@ -801,6 +813,52 @@ def _compare_command(families, no_pictures, flags, quiet):
         click.echo(verdict(summary, objective))
     if not quiet: click.echo("\n" + "\n".join(f"note: {line}" for line in cautions(summary)[1:-2]))
     click.echo(f"report: {write_report(comparison, pictures=not no_pictures)}")
+
+# %% ../nbs/cli.ipynb #10834833
+@cli.command("sweep", cls=Drawn, settings=_settings_of("sprout_lab.laboratory.sweep",
+                                                       "SweepConfig"))
+@click.argument("family")
+@_quiet
+def _sweep_command(family, flags, quiet):
+    """Search settings of a family, such as --set learning_rate=0.001..0.03 --set
+    hidden_size=64,128, in several processes; killed, the same command goes on."""
+    from sprout_lab.laboratory.report import table_text
+    from sprout_lab.laboratory.sweep import Sweep, SweepConfig, plot_sweep, run_sweep, sweep_table
+    sweep = Sweep(family, SweepConfig(**flags), log=_log(quiet))
+    if sweep.config.engine == "ray":
+        from sprout_lab.laboratory.ray_sweep import run_ray_sweep as run_sweep   # noqa: F811
+    rows = run_sweep(sweep)
+    click.echo(table_text(sweep_table(rows)))
+    if any(row["score"] is not None for row in rows) and sweep.searched:
+        picture = sweep.folder / "sweep.png"
+        plot_sweep(sweep, rows).savefig(picture, dpi=150, bbox_inches="tight")
+        click.echo(f"figure: {picture}")
+
+@cli.command("scaling", cls=Drawn, settings=_settings_of("sprout_lab.laboratory.scaling",
+                                                         "ScalingConfig"))
+@_quiet
+def _scaling_command(flags, quiet):
+    "Loss against compute for each family: a law, a prediction of the last rung, and its check."
+    from sprout_lab.laboratory.scaling import (
+        ScalingConfig, plot_scaling, prediction_words, run_scaling)
+    config = ScalingConfig(**flags)
+    for row in run_scaling(config, log=_log(quiet)): click.echo(prediction_words(row))
+    picture = user_path(config.output_dir) / "scaling.png"
+    plot_scaling(config).savefig(picture, dpi=150, bbox_inches="tight")
+    click.echo(f"figure: {picture}")
+
+@cli.command("records")
+@click.argument("results", metavar="[RESULTS.json]", nargs=-1)
+@click.option("--studies", default="studies", show_default=True, metavar="DIR",
+              help="Folder of the recorded results.")
+@click.option("--update", is_flag=True, help="Take results that are not worse into the record.")
+def _records_command(results, studies, update):
+    """The recorded results as a table; given results of `sprout-lab compare`, a check that none
+    is worse than its record."""
+    from sprout_lab.laboratory.records import check_records, leaderboard, read_records
+    if not results: return click.echo(leaderboard(read_records(studies)))
+    if not check_records(results, studies, update, log=click.echo):
+        raise ConfigError("a result is worse than its record, see above")
 
 # %% ../nbs/cli.ipynb #7221fb65
 NEEDED = ("torch", "transformers", "accelerate", "safetensors", "tokenizers", "tiktoken",

@@ -80,6 +80,14 @@ class Family:
     @property
     def presets(self) -> list[str]: return preset_names(self.name)
 
+    @property
+    def parallel(self) -> tuple[str, ...]:
+        """How several processes may share its models: `data` serves every family, `sharded` and
+        `tensor` those whose model has a plan for it (`parallel_plan`, see trainers/parallel)."""
+        plan = getattr(self.model_class(), "parallel_plan", None)
+        if plan is None: return ("data",)
+        return ("data", "sharded", "tensor") if "column" in plan else ("data", "sharded")
+
     def model_class(self, objective: str | None = None) -> type:
         "The model's class for an objective, the family's own without one."
         objective = objective or self.objective

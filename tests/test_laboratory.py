@@ -13,6 +13,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from sprout_lab.cli import main
 from sprout_lab.configs import ConfigError
 from sprout_lab.families import families
 from sprout_lab.laboratory.comparison import (
@@ -161,3 +162,100 @@ def test_the_command_ends_with_the_report(tmp_path):
                            text=True)
     assert wrong.returncode == 2 and len(wrong.stderr.strip().splitlines()) == 1
     assert "amount" in wrong.stderr
+
+
+SWEEP = ["sweep", "transformer", "--set", "learning_rate=0.002..0.05", "--set", "hidden_size=32,64",
+         "--set", "sequence_length=32", "--set", "batch_size=4", "--set", "num_hidden_layers=1",
+         "--set", "num_attention_heads=2", "--max_steps", "12", "--evaluations", "4"]
+
+
+def sprout_lab(*words, timeout=None):
+    code = "from sprout_lab.cli import main; main()"
+    return subprocess.run([sys.executable, "-c", code, *map(str, words)], capture_output=True,
+                          text=True, timeout=timeout, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def test_a_sweep_killed_in_the_middle_goes_on(tmp_path):
+    from sprout_lab.laboratory.sweep import Sweep, SweepConfig, open_study, run_sweep
+    values = SWEEP[3::2][:6]
+    settings = dict(set=values, max_steps=12, evaluations=4, method="grid", grid_points=2,
+                    prune=False)
+    whole = run_sweep(Sweep("transformer", SweepConfig(
+        **settings, output_dir=str(tmp_path / "whole")), log=lambda words: None))
+    code = "from sprout_lab.cli import main; main()"
+    words = [*SWEEP, "--method", "grid", "--grid_points", "2", "--no_prune", "--output_dir",
+             tmp_path / "killed"]
+    process = subprocess.Popen([sys.executable, "-c", code, *map(str, words)],
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    while process.poll() is None and not list((tmp_path / "killed").rglob("trial-1/**/step_*")):
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    sweep = Sweep("transformer", SweepConfig(**settings, output_dir=str(tmp_path / "killed")),
+                  log=lambda words: None)
+    running = [t for t in open_study(sweep).get_trials() if t.state.name == "RUNNING"]
+    after = run_sweep(sweep)
+    assert len(running) <= 1 and len(whole) == len(after) == 4
+    scores = [[(json.dumps(r["values"], sort_keys=True), r["score"]) for r in rows]
+              for rows in (whole, after)]
+    assert sorted(scores[0]) == sorted(scores[1])
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_sweep(tmp_path):
+    "Slow: three starts of Python and torch."
+    done = sprout_lab(*SWEEP, "--trials", 5, "--processes", 2, "--output_dir", tmp_path, "--quiet")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "results.json").read_text())
+    assert len(rows) == 5 and (tmp_path / "sweep.png").exists()
+    assert {r["state"] for r in rows} <= {"complete", "pruned"}
+    assert len({json.dumps(r["values"]) for r in rows}) == 5
+
+
+def test_a_trial_that_cannot_be_is_told_and_the_sweep_goes_on(tmp_path):
+    from sprout_lab.laboratory.sweep import Sweep, SweepConfig, run_sweep
+    values = ["num_attention_heads=2,3", "hidden_size=32", "num_hidden_layers=1",
+              "sequence_length=32", "batch_size=4"]
+    rows = run_sweep(Sweep("transformer", SweepConfig(
+        set=values, method="grid", max_steps=4, evaluations=2, output_dir=str(tmp_path)),
+        log=lambda words: None))
+    states = {r["values"]["num_attention_heads"]: r for r in rows}
+    assert states[2]["state"] == "complete" and states[3]["state"] == "fail"
+    assert "num_attention_heads" in states[3]["reason"]
+
+
+@pytest.mark.slow
+def test_ray_tune_does_the_same_sweep(tmp_path):
+    "Slow: Ray takes half a minute to start its processes."
+    pytest.importorskip("ray")
+    done = sprout_lab(*SWEEP, "--trials", 3, "--engine", "ray", "--output_dir", tmp_path, "--quiet")
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = json.loads((tmp_path / "results.json").read_text())
+    assert len(rows) == 3 and any(r["state"] == "complete" for r in rows)
+
+
+def test_a_prediction_stands_before_it_is_checked(tmp_path):
+    from sprout_lab.laboratory.scaling import ScalingConfig, climb, predict, run_scaling
+    config = ScalingConfig(families=["sprout"], amount=2e9, rungs=3, seeds=1, device="cpu",
+                           sequence_length=32, batch_size=4, final_eval_batches=2,
+                           output_dir=str(tmp_path))
+    for rung in range(2): climb(config, rung, log=lambda words: None)
+    told = predict(config)
+    assert not list(tmp_path.glob("rung-2-*"))   # nothing of the last rung has been run
+    rows = run_scaling(config, log=lambda words: None)
+    assert predict(config) == told and rows[0]["predicted"] == told["sprout"]["loss"]
+
+
+def test_a_worse_result_fails_the_records(tmp_path, capsys):
+    new = {"plan": {"size": "nano", "dataset": "x"}, "results": [
+        {"name": "slm", "mean": 2.5, "spread": 0.01, "scores": [2.49, 2.51]}]}
+    (tmp_path / "studies").mkdir()
+    (tmp_path / "studies" / "a.json").write_text(json.dumps(new))
+    new["results"][0] |= {"mean": 2.6, "scores": [2.59, 2.61]}
+    (tmp_path / "new.json").write_text(json.dumps(new))
+    with pytest.raises(SystemExit) as ended:
+        main(["records", str(tmp_path / "new.json"), "--studies", str(tmp_path / "studies")])
+    shown = capsys.readouterr()
+    assert ended.value.code == 2 and "is worse than the recorded 2.5000" in shown.out
+    assert len(shown.err.strip().splitlines()) == 1

@@ -540,3 +540,62 @@ def test_the_page_in_a_browser(server, tmp_path):
             assert not problems and all(url.startswith((server.url, "data:")) for url in asked)
             page.close()
         browser.close()
+
+
+# Long ones
+
+def _resident(process) -> int:
+    "Resident memory of a process, in kilobytes."
+    with open(f"/proc/{process.pid}/status") as status:
+        return int(next(line for line in status if line.startswith("VmRSS")).split()[1])
+
+
+def _ask_many(url, bodies, threads: int = 16) -> list:
+    with httpx.Client(base_url=url, timeout=120) as client, ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(lambda body: client.post("/v1/completions", json=body), bodies))
+
+
+@pytest.mark.slow   # two thousand requests
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads /proc")
+def test_memory_does_not_grow(folders):
+    """After 2,000 requests of mixed lengths within 5% of that after 200."""
+    process, url = _started(folders["attention"], "--prefix_cache_mb", "4")
+    rng = random.Random(0)
+    def bodies(n):
+        return [dict(prompt="".join(rng.choice("abcdefgh") for _ in range(rng.randrange(1, 200))),
+                     max_tokens=rng.randrange(1, 12), stream=k % 2 == 0) for k in range(n)]
+    try:
+        assert {r.status_code for r in _ask_many(url, bodies(200))} == {200}
+        early = _resident(process)
+        assert {r.status_code for r in _ask_many(url, bodies(1800))} == {200}
+        late = _resident(process)
+        print(f"resident after 200: {early} kB, after 2,000: {late} kB, {late / early - 1:+.1%}")
+        assert late <= 1.05 * early
+    finally: process.kill()
+
+
+@pytest.mark.slow   # a minute by its nature
+def test_thirty_two_clients_for_a_minute(server, client):
+    """Mixed lengths, families and kinds; nothing hangs, and no text differs from the one made
+    alone."""
+    rng, end, texts = random.Random(1), time.monotonic() + 60, []
+    known = [dict(model=["attention", "recurrent", "llama"][k % 3], seed=k,
+                  prompt="".join(rng.choice("abcde fgh") for _ in range(rng.randrange(1, 200))),
+                  max_tokens=rng.randrange(1, 60), temperature=rng.choice([0, 0.7, 1.0]))
+             for k in range(24)]
+    def client_loop(number):
+        own = random.Random(number)
+        while time.monotonic() < end:
+            k = own.randrange(len(known))
+            if own.random() < 0.5:
+                pieces = client.completions.create(stream=True, **known[k])
+                texts.append((k, "".join(p.choices[0].text for p in pieces)))
+            else:
+                texts.append((k, client.completions.create(**known[k]).choices[0].text))
+    with ThreadPoolExecutor(32) as pool: list(pool.map(client_loop, range(32), timeout=240))
+    for k, request in enumerate(known):
+        options = {n: v for n, v in request.items() if n not in ("model", "prompt")}
+        expected = alone(server, request["model"], request["prompt"], **options)
+        assert {text for number, text in texts if number == k} <= {expected}
+    print(f"{len(texts)} texts")
+    assert len(texts) > 100

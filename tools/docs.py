@@ -26,11 +26,12 @@ from readme import address, render, root
 from traitlets.config import Config
 
 ROOMS = {"guides": "Guides", "models": "Models", "data": "Data", "trainers": "Training",
-         "evaluation": "Evaluation", "decoding": "Decoding",
+         "evaluation": "Evaluation", "decoding": "Decoding", "serving": "Serving",
          "panels": "Panels", "laboratory": "Laboratory", "visualizers": "Pictures",
          "kernels": "Kernels", "": "The house"}
 # the order of the guides; others follow
-FIRST = ("start", "transformer", "slm", "hnet", "sprout", "mot", "tslm", "compare", "add_a_family")
+FIRST = ("start", "transformer", "slm", "hnet", "sprout", "mot", "tslm", "compare", "serve",
+         "add_a_family")
 STYLE = """
 .md-grid { max-width: 76rem; }
 .md-typeset math { font-family: "Latin Modern Math", "STIX Two Math", "Cambria Math",

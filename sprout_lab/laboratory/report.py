@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CURVE_AXES', 'COSTS', 'groups', 'scores_of', 'summarize', 'curve_of', 'plot_curves', 'plot_costs', 'result_table',
-           'cost_table', 'search_table', 'table_text', 'rerun_command', 'verdict', 'cautions', 'report_html',
-           'write_report']
+           'cost_table', 'search_table', 'table_text', 'rerun_command', 'verdict', 'budget_words', 'cautions',
+           'report_html', 'write_report']
 
 # %% ../../nbs/laboratory/report.ipynb #91e2a545
 import base64
@@ -164,16 +164,17 @@ COSTS = {"parameters": "parameters", "training_bytes": "bytes of a training step
 def plot_costs(summary: dict, objective: str = "causal", style: str = "light") -> Figure:
     "The score of an objective's contestants against parameters, step memory and state."
     rows = [r for r in summary["results"] if r["objective"] == objective and r["mean"] is not None]
+    names = [m["name"] for m in summary["measured"]]   # a colour for each, as in the curves
     figure, axes = new_figure(11, 3.2, columns=3, style=style, sharey=True)
     for ax, (key, label) in zip(axes, COSTS.items()):
-        known = [(i, r) for i, r in enumerate(rows) if r[key]]
+        known = [(names.index(r["name"]), r) for r in rows if r[key]]
         for i, r in known:
             look = {**line_style(i, marker=True), "linestyle": "none", "markersize": 8}
             ax.errorbar(r[key], r["mean"], yerr=r["spread"], label=r["name"], capsize=3, **look)
         if known:
             add_hover(ax, *zip(*sorted((r[key], f"{r['name']}\n{r[key]:,} {label}")
                                        for _, r in known)))
-            ax.set_xscale("log")
+            if key != "parameters": ax.set_xscale("log")   # those are matched
         ax.set_xlabel(label, fontsize=10)
     axes[0].set_ylabel(get_objective(objective).unit, fontsize=10)
     axes[0].legend(fontsize=8, frameon=False)
@@ -205,6 +206,7 @@ def result_table(summary: dict, objective: str) -> list[dict]:
                      "FLOPs": _scaled(np.mean(r["flops"]))})
     return rows
 
+# %% ../../nbs/laboratory/report.ipynb #3bd80db8
 def cost_table(summary: dict, objective: str) -> list[dict]:
     "Sizes and speeds of an objective's contestants, in the order of the results."
     clocks = {m["name"]: m for m in summary["measured"]}
@@ -261,7 +263,8 @@ th, td { text-align: left; padding: .3rem .9rem .3rem 0; border-bottom: 1px soli
          vertical-align: top; white-space: nowrap; }
 th { font-weight: 600; } tr td:first-child { font-weight: 600; }
 pre { background: color-mix(in srgb, var(--ink) 7%, transparent); padding: .7rem .9rem;
-      overflow-x: auto; border-radius: 6px; font-size: .85rem; }
+      white-space: pre-wrap; border-radius: 6px; font-size: .85rem; }
+.wide > svg { min-width: 40rem; }
 .pictures { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)); }
 .pictures figure { margin: 0; } .pictures img { width: 100%; background: white;
       border-radius: 6px; } figcaption { font-size: .85rem; }
@@ -306,10 +309,14 @@ def verdict(summary: dict, objective: str = "causal") -> str:
     return told
 
 # %% ../../nbs/laboratory/report.ipynb #7297ab5c
+def budget_words(plan: dict) -> str:
+    "The budget of a run of a plan, such as 200 G FLOPs."
+    return f"{_scaled(plan['amount'])} {plan['budget'].replace('flops', 'FLOPs')}"
+
 def cautions(summary: dict) -> list[str]:
     "What the comparison does not show."
     plan, told = summary["plan"], []
-    told.append(f"Every run spent {_scaled(plan['amount'])} {plan['budget']} on the size "
+    told.append(f"Every run spent {budget_words(plan)} on the size "
                 f"{plan['size']}: which idea wins with more of either is not shown here; "
                 "`sprout-lab scaling` asks that.")
     if plan["seeds"] < 3:
@@ -354,9 +361,10 @@ def _group_html(comparison: Comparison, summary: dict, objective: str) -> str:
     lines = [str(Difference(**d)) for d in summary["differences"].get(objective, [])]
     if lines: parts.append(f"<h3>Which differences are more than luck</h3>{_list_html(lines)}")
     if any(o["objective"] == objective for o in outcomes(comparison)):
-        parts.append(f"<h3>Curves</h3>{plot_curves(comparison, objective).svg()}")
+        parts.append(f"<h3>Curves</h3>"
+                     f"<div class='wide'>{plot_curves(comparison, objective).svg()}</div>")
     parts.append(f"<h3>What it costs</h3>{_table_html(cost_table(summary, objective))}")
-    if causal: parts.append(plot_costs(summary).svg())
+    if causal: parts.append(f"<div class='wide'>{plot_costs(summary).svg()}</div>")
     return "".join(parts)
 
 # %% ../../nbs/laboratory/report.ipynb #e0b15454
@@ -369,7 +377,7 @@ def _told(comparison: Comparison, summary: dict) -> str:
               else "each with its preset's learning rate")
     return (f"{names} at the size {plan['size']} on {plan['dataset']}, windows of "
             f"{plan['sequence_length']} tokens, {plan['batch_size']} of them a step; "
-            f"{_scaled(plan['amount'])} {plan['budget']} for each run, {plan['seeds']} seeds; "
+            f"{budget_words(plan)} for each run, {plan['seeds']} seeds; "
             f"{search}.")
 
 def report_html(comparison: Comparison, pictures: bool = True) -> str:

@@ -216,6 +216,9 @@ class TernaryConfig(RecurrentConfig):
 class TernaryPreTrainedModel(RecurrentPreTrainedModel):
     """What models of ternary blocks are to Hugging Face: how the blocks' weights start, and what
     is loaded."""
+    # a ternary matrix is scaled by the mean over all of it, which no process would have
+    parallel_plan = dict(block_class="HGRNBitBlock",
+                         not_tensor="its ternary weights are scaled by a mean over the whole matrix")
 
     @torch.no_grad()
     def _init_weights(self, module):

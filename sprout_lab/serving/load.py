@@ -6,9 +6,10 @@
 __all__ = ['Timing', 'timed_request', 'run_clients', 'percentile', 'load_facts', 'save_bench_model', 'plain_app', 'serve_plain',
            'BenchServer', 'bench_serve', 'load_table']
 
-# %% ../../nbs/serving/load.ipynb #1fbb5f91
+# %% ../../nbs/serving/load.ipynb #be344b02
 import asyncio
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -24,7 +25,7 @@ from ..data.tokenizers import ByteTokenizer
 from ..families import get_family
 from ..models.importing import export_llama
 
-# %% ../../nbs/serving/load.ipynb #cc6f2cea
+# %% ../../nbs/serving/load.ipynb #6231ac03
 @dataclass
 class Timing:
     "One request: seconds to its `first` token and to its end (`total`), and its `tokens`."
@@ -65,7 +66,7 @@ async def run_clients(host: str, port: int, clients: int, requests: int,
     await asyncio.gather(*(client() for _ in range(clients)))
     return time.perf_counter() - began, timings
 
-# %% ../../nbs/serving/load.ipynb #8b3b3e2e
+# %% ../../nbs/serving/load.ipynb #e4cfa5f9
 def percentile(values: list[float], share: float) -> float:
     "The smallest of `values` that at least `share` of them do not exceed."
     ordered = sorted(values)
@@ -81,7 +82,7 @@ def load_facts(seconds: float, timings: list[Timing]) -> dict:
             facts[f"{name}_p{share}"] = 1000 * percentile(values, share / 100)
     return facts
 
-# %% ../../nbs/serving/load.ipynb #32bfce61
+# %% ../../nbs/serving/load.ipynb #231dcb5a
 def save_bench_model(folder: Path, size: str = "nano") -> None:
     "An untrained Llama of the Transformer's preset, with a byte tokenizer and no end token."
     torch.manual_seed(0)
@@ -122,7 +123,7 @@ def serve_plain(folder, port: int) -> None:
     import uvicorn
     uvicorn.run(plain_app(folder), host="127.0.0.1", port=int(port), log_level="critical")
 
-# %% ../../nbs/serving/load.ipynb #0b36b6ea
+# %% ../../nbs/serving/load.ipynb #52dd26b5
 class BenchServer:
     "A server in a process of its own: `kind` is `ours` or `plain`; a context manager."
 
@@ -145,11 +146,17 @@ class BenchServer:
             else: return self
         raise ConfigError("a server did not answer within two minutes")
 
+    def cpu_seconds(self) -> float:
+        "Processor time of the server so far; 0 where the system does not tell."
+        try: fields = Path(f"/proc/{self.process.pid}/stat").read_text().rsplit(")", 1)[1].split()
+        except OSError: return 0.0
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
     def __exit__(self, *exception):
         self.process.kill()
         self.process.wait()
 
-# %% ../../nbs/serving/load.ipynb #191a9dec
+# %% ../../nbs/serving/load.ipynb #b8991a6b
 def _request(k: int) -> dict:
     "Request k: 24 to 40 tokens to read, 64 to write."
     return {"prompt": f"{k:04d}: " + "All happy families are alike, " * 2, "max_tokens": 64,
@@ -162,13 +169,17 @@ def bench_serve(clients=(1, 8, 32, 128), size: str = "nano", output=None, log=pr
     with tempfile.TemporaryDirectory() as root:
         folder = Path(root) / "llama"
         save_bench_model(folder, size)
-        for kind in ("ours", "plain"):
-            with BenchServer(kind, folder) as server:
-                for number in clients:
-                    requests = max(16, number * (4 if kind == "ours" else 1))
-                    measured = asyncio.run(run_clients("127.0.0.1", server.port, number, requests,
-                                                       _request))
-                    results[f"{kind}_{number}"] = load_facts(*measured)
+        with BenchServer("ours", folder) as ours, BenchServer("plain", folder) as plain:
+            for number in clients:
+                for kind, server in (("ours", ours), ("plain", plain)):
+                    before = server.cpu_seconds()
+                    measured = asyncio.run(run_clients("127.0.0.1", server.port, number,
+                                                       max(16, number), _request))
+                    facts = load_facts(*measured)
+                    spent = server.cpu_seconds() - before
+                    written = facts["requests"] * _request(0)["max_tokens"]
+                    facts["tokens_per_cpu_second"] = written / spent if spent else 0.0
+                    results[f"{kind}_{number}"] = facts
     log(load_table(results, clients))
     if output: Path(output).write_text(json.dumps(results, indent=2) + "\n")
     return results
@@ -189,4 +200,8 @@ def load_table(results: dict, clients) -> str:
         ratio = (results[f"ours_{number}"]["tokens_per_second"]
                  / results[f"plain_{number}"]["tokens_per_second"])
         lines.append(f"{'':>7} ours writes {ratio:.1f} times as many tokens per second")
+        cpu = [results[f"{kind}_{number}"].get("tokens_per_cpu_second")
+               for kind in ("ours", "plain")]
+        if all(cpu): lines.append(f"{'':>7} and {cpu[0] / cpu[1]:.1f} times as many per second of "
+                                  f"processor time ({cpu[0]:.0f} to {cpu[1]:.0f})")
     return "\n".join(lines)
