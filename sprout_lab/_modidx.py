@@ -4210,6 +4210,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                    'sprout_lab/models/transformer.py'),
                                                'sprout_lab.models.transformer.TransformerSwitches': ( 'models/transformer.html#transformerswitches',
                                                                                                       'sprout_lab/models/transformer.py'),
+                                               'sprout_lab.models.transformer._block_size': ( 'models/transformer.html#_block_size',
+                                                                                              'sprout_lab/models/transformer.py'),
                                                'sprout_lab.models.transformer.add_positions': ( 'models/transformer.html#add_positions',
                                                                                                 'sprout_lab/models/transformer.py'),
                                                'sprout_lab.models.transformer.attend': ( 'models/transformer.html#attend',

@@ -38,6 +38,20 @@ def test_compiles_for_each_generation(tmp_path):
     assert done.returncode == 0 and "compiled" in done.stdout, done.stderr[-3000:]
 
 
+@pytest.mark.slow   # two compilers of 180 MB from the package index
+@pytest.mark.parametrize("version", ("3.6.0", "3.7.1"))
+def test_compiles_with_the_machines_versions(version, tmp_path):
+    "The GPU machines' and this one's."
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-cache-dir",
+               "--target", str(tmp_path / "packages"), f"triton=={version}"]
+    if subprocess.run(install, capture_output=True).returncode:
+        pytest.skip(f"triton {version} cannot be had here")
+    path = os.pathsep.join([str(tmp_path / "packages"), str(here.parent)])
+    done = run("triton_compiled.py", TRITON_CACHE_DIR=str(tmp_path / "cache"), PYTHONPATH=path)
+    assert (done.returncode == 0
+            and f"compiled with triton {version}" in done.stdout), done.stderr[-3000:]
+
+
 @pytest.mark.cuda
 def test_on_a_gpu():
     for T in (*LENGTHS, 2048):

@@ -33,6 +33,7 @@ def signature(kernel, constants):
     return {name: kinds.get(name, "*fp32") for name in kernel.arg_names}
 
 
+count = 0
 for kernel, constants, warps in kernels():
     source = ASTSource(kernel, signature(kernel, constants), constants)
     for capability, kib in KIB_PER_BLOCK.items():
@@ -41,4 +42,6 @@ for kernel, constants, warps in kernels():
         shared = compiled.metadata.shared
         assert shared <= kib * 1024, (kernel.__name__, capability, shared)
         assert ".entry" in compiled.asm["ptx"]
-print("compiled")
+        count += 1
+print(f"compiled with triton {triton.__version__}: {count} programs for "
+      f"sm_{', sm_'.join(map(str, KIB_PER_BLOCK))}")

@@ -542,7 +542,8 @@ def _table(x: Tensor, layers: list, num_heads: int, past: int, norm: str) -> byt
     "The addresses of the layers' tensors for C, or none where it cannot take them as they are."
     tensors = [t for layer in layers for t in layer]
     there = [t for t in tensors if t is not None]
-    addresses = [0 if t is None else t.data_ptr() for t in tensors]
+    found = map(Tensor.data_ptr, there)
+    addresses = [0 if t is None else next(found) for t in tensors]
     key = x.shape, num_heads, norm, struct.pack(f"{len(addresses)}?", *addresses)
     layout = _layouts.get(key)
     if layout is None or not layout.matches(there):

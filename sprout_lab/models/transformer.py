@@ -615,8 +615,12 @@ def untouched(module, kind: type) -> bool:
 
 def plain_weight(module, kind: type):
     "The float32 weight of an untouched module without a bias; none where there is no such thing."
-    if not untouched(module, kind) or module._parameters.get("bias") is not None: return None
-    weight = module._parameters.get("weight")
+    # `untouched`, spelled out: this runs dozens of times for each token
+    if type(module) is not kind or module._forward_hooks or module._forward_pre_hooks: return None
+    if "forward" in module.__dict__: return None
+    parameters = module._parameters
+    if parameters.get("bias") is not None: return None
+    weight = parameters.get("weight")
     return weight if type(weight) is nn.Parameter and weight.dtype == torch.float32 else None
 
 # %% ../../nbs/models/transformer.ipynb #09669a5c
@@ -626,8 +630,8 @@ def decode_layer(block, layer: KeyValueLayer) -> DecodeLayer | None:
     parts = block._modules
     attention, mlp = parts["self_attn"], parts["mlp"]
     feed_forward = SwiGLU if type(mlp) is SwiGLU else SiLUFeedForward
-    whole = ((block, TransformerBlock), (attention, MultiHeadSelfAttention), (mlp, feed_forward))
-    if not all(untouched(module, kind) for module, kind in whole): return None
+    if not untouched(block, TransformerBlock) or not untouched(mlp, feed_forward): return None
+    if not untouched(attention, MultiHeadSelfAttention): return None
     a, f = attention._modules, mlp._modules
     matrices = (a["q_proj"], a["k_proj"], a["v_proj"], a["o_proj"], f["w1"], f["w2"], f.get("w3"))
     norms = (parts.get("input_layernorm"), parts.get("post_attention_layernorm"),
@@ -641,6 +645,9 @@ def decode_layer(block, layer: KeyValueLayer) -> DecodeLayer | None:
     return DecodeLayer(*weights, layer.keys, layer.values) if layer.reserve(1) else None
 
 # %% ../../nbs/models/transformer.ipynb #733414b8
+def _block_size(config) -> int:
+    return config.hidden_size * (4 * config.hidden_size + 3 * config.ff_size)
+
 def decode_blocks(model: TransformerModel, x, cache, context: dict):
     """The blocks and the last norm for one new token per row, `x (batch, 1, D)` → same shape,
     by the decoding kernel; none where it cannot be used. `context` as for the blocks."""
@@ -650,8 +657,7 @@ def decode_blocks(model: TransformerModel, x, cache, context: dict):
     if x.dtype != torch.float32 or x.device.type != "cpu": return None
     if mask is not None and mask.dtype != torch.bool: return None
     # it runs on one thread; where there are more, large matrices are read faster by all of them
-    block_size = config.hidden_size * (4 * config.hidden_size + 3 * config.ff_size)
-    if torch.get_num_threads() > 1 and block_size > 2_000_000: return None
+    if torch.get_num_threads() > 1 and _block_size(config) > 2_000_000: return None
     layers = [decode_layer(*pair) for pair in zip(model.layers._modules.values(), cache.layers)]
     last_norm = None if model.norm is None else plain_weight(model.norm, RMSNorm)
     if any(layer is None for layer in layers): return None
