@@ -7,7 +7,6 @@ __all__ = ['grid_of', 'name_of', 'run_ablation']
 
 # %% ../nbs/ablations.ipynb #4a7666db
 import itertools
-from pathlib import Path
 
 import yaml
 

@@ -252,7 +252,7 @@ def _train_options(family) -> list[click.Option]:
                          help="The preset debug: a minute on any machine.")
     return [*options, debug] if family and "debug" in family.presets else options
 
-# %% ../nbs/cli.ipynb #cd48fbd0
+# %% ../nbs/cli.ipynb #6a6d755f
 def train_command(family) -> click.Command:
     "The command that trains a family (or, with None, the one that a configuration file names)."
     def run(flags, config, model_config, preset, size, objective, quiet, dry_run, debug_mode=False):
@@ -287,6 +287,7 @@ def _train(settings, quiet: bool) -> None:
     if not curve.exists(): curve = trainer.run.results / "loss.png"
     click.echo(f"curve: {curve}" if curve.exists() else f"run: {trainer.run.folder}")
 
+# %% ../nbs/cli.ipynb #cd48fbd0
 def _say_who_is_gone(trainer, error: RuntimeError) -> None:
     "Of several processes one has died: the others end with a line that says what is left."
     from sprout_lab.trainers.parallel import is_lost_process
@@ -444,7 +445,7 @@ def _talk_line(model, tokenizer, config, line: str) -> None:
     elif line.strip():
         _respond(objective_of(model), model, tokenizer, [_as_utf8(line, "the prompt")], config)
 
-# %% ../nbs/cli.ipynb #358c896d
+# %% ../nbs/cli.ipynb #0052417e
 def _curriculum_settings() -> list:
     from sprout_lab.families import get_family
     return [spec for spec in _train_settings(get_family("tslm")) if spec.name != "output_dir"]
@@ -469,6 +470,7 @@ def _curriculum_command(flags, stage, root, hub, from_scratch, config, preset, s
         click.echo(f"{name.replace('_', ' '):<16}{value:.4f}")
     click.echo(f"run: {run.folder}")
 
+# %% ../nbs/cli.ipynb #358c896d
 @cli.command("ablate")
 @click.option("--config", required=True, metavar="FILE",
               help="A configuration with a section `ablation`: keys with lists of values.")
@@ -814,7 +816,7 @@ def _compare_command(families, no_pictures, flags, quiet):
     if not quiet: click.echo("\n" + "\n".join(f"note: {line}" for line in cautions(summary)[1:-2]))
     click.echo(f"report: {write_report(comparison, pictures=not no_pictures)}")
 
-# %% ../nbs/cli.ipynb #10834833
+# %% ../nbs/cli.ipynb #c1e07208
 @cli.command("sweep", cls=Drawn, settings=_settings_of("sprout_lab.laboratory.sweep",
                                                        "SweepConfig"))
 @click.argument("family")
@@ -847,6 +849,7 @@ def _scaling_command(flags, quiet):
     plot_scaling(config).savefig(picture, dpi=150, bbox_inches="tight")
     click.echo(f"figure: {picture}")
 
+# %% ../nbs/cli.ipynb #10834833
 @cli.command("records")
 @click.argument("results", metavar="[RESULTS.json]", nargs=-1)
 @click.option("--studies", default="studies", show_default=True, metavar="DIR",

@@ -59,7 +59,7 @@ def start_from(model, folder) -> None:
     model.load_state_dict(weights, strict=False)
     model.tie_weights()
 
-# %% ../nbs/curriculum.ipynb #569aae80
+# %% ../nbs/curriculum.ipynb #4d783c2c
 def stage_settings(stage, before: Path | None, flags: dict, hub: bool) -> dict:
     """The flags of a stage's run: what was asked for, over the model of the stage `before`, over
     the stage's own data and epochs."""
@@ -98,6 +98,7 @@ def train_stage(name: str, root="runs/curriculum", flags: dict | None = None, *,
     with trainer.run.lock(): trainer.train()
     return trainer.run
 
+# %% ../nbs/curriculum.ipynb #569aae80
 def judge_stage(name: str, root="runs/curriculum", log=print) -> dict:
     "What the best checkpoint of a stage answers to its test questions, judged; also written down."
     run = Run(user_path(root) / name)

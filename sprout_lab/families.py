@@ -35,7 +35,7 @@ from .models.slm import SimplifiedSLMForCausalLM, SLMConfig
 from .models.sprout import SproutConfig, SproutForCausalLM, SproutForMaskedLM
 from .models.transformer import TransformerConfig, TransformerForCausalLM
 from .models.tslm import OpenTSLM, TSLMConfig
-from .evaluation.series import Series   # importing it registers the objective
+import sprout_lab.evaluation.series  # noqa: F401  importing it registers the objective
 from .objectives import Objective, get_objective
 from .remote import mirror_of, run_folders
 from .runs import Run, claim, find_checkpoint
@@ -161,7 +161,7 @@ def get_family(name: str) -> Family:
     raise ConfigError(f"family={name!r}: choose from "
                       f"{', '.join(families)}{nearest(name, families)}")
 
-# %% ../nbs/families.ipynb #2971da63
+# %% ../nbs/families.ipynb #4484164d
 _recurrent = {"half_lives": pictures.memory_half_lives, "ternary_weights": pictures.ternary_weights,
               "surprise": pictures.surprise, "health": pictures.health}
 
@@ -199,6 +199,7 @@ register(Family(
     studies=("studies/sprout_study.py",),
     top_settings=("max_nodes", "compatibility_threshold", "growth", "hidden_size")))
 
+# %% ../nbs/families.ipynb #2971da63
 register(Family(
     "mot", "Mixture of Thoughts", "A Transformer whose feed-forward layers are several thoughts; "
                                   "a router picks a few for each token.",
@@ -252,7 +253,7 @@ def objective_for(run: RunConfig) -> Objective:
     "What a run's model learns: as it says, or its family's own objective."
     return get_objective(run.objective or get_family(run.family).objective)
 
-# %% ../nbs/families.ipynb #0045a712
+# %% ../nbs/families.ipynb #284a1499
 def _shipped_configuration(family, config: str, preset, log) -> tuple:
     "configs/small_model.yaml of a guide is a shipped preset here: (family, config, preset) then."
     path, owners = Path(config), []
@@ -291,6 +292,7 @@ def _implied_settings(entry: Family, content: dict) -> dict:
     return dict(entry.aliases.get(content.get("family"), {})) if isinstance(
         entry.aliases, Mapping) else {}
 
+# %% ../nbs/families.ipynb #0045a712
 def _named_presets(preset: str | None, size: str | None, content: dict) -> list[str]:
     "Presets in the order in which they are laid: a size first, nano where nothing is named."
     if preset is None and size is not None and size not in SIZES:

@@ -32,7 +32,7 @@ def local_place(url: str, root="~/.cache/sprout-lab/remote") -> Path:
     name = str(url).rstrip("/").rpartition("/")[2] or "root"
     return Path(root).expanduser() / digest / name
 
-# %% ../nbs/remote.ipynb #90d3468e
+# %% ../nbs/remote.ipynb #162ab1c9
 def download(url: str, place: Path | None = None) -> Path:
     """Copy a remote file or folder to `place` (see `local_place`) and return it. What is not there
     is a `ConfigError`; a folder's files that are there with the same size are not copied again."""
@@ -53,6 +53,7 @@ def download(url: str, place: Path | None = None) -> Path:
         raise ConfigError(f"{url}: cannot be read ({str(error).splitlines()[0][:160]})") from None
     return place
 
+# %% ../nbs/remote.ipynb #90d3468e
 def upload(folder, url: str) -> list[str]:
     """Copy what has changed in a local `folder` to an address, and remove there what is gone here;
     returns the names that were copied. Links are written as what they point to."""

@@ -418,7 +418,7 @@ def _column_texts(name: str, rows, column: str) -> Iterator[str]:
             yield row_text(dict(zip(batch, values)), column, f"{name}, row {number}")
             number += 1
 
-# %% ../../nbs/data/corpora.ipynb #b5760bf0
+# %% ../../nbs/data/corpora.ipynb #899e5272
 TABLES = {".csv": "csv", ".tsv": "csv", ".json": "json",   # ending → reader
           ".parquet": "parquet", ".arrow": "arrow"}
 
@@ -432,6 +432,7 @@ def is_table(path) -> bool:
     .xz), .parquet, .arrow."""
     return _ending(path) in TABLES
 
+# %% ../../nbs/data/corpora.ipynb #b5760bf0
 @dataclass(frozen=True)
 class TableSource:
     """The rows of one table (see `TABLES`), read as a stream by the library `datasets`; `column`

@@ -18,7 +18,7 @@ from .engine import DecodingState, Engine, new_cache
 from ..models.cache import KeyValueCache, KeyValueLayer
 from ..models.recurrent import RecurrentCache
 
-# %% ../../nbs/decoding/branches.ipynb #60a471ca
+# %% ../../nbs/decoding/branches.ipynb #47d0eca9
 @dataclass
 class Cost:
     """What a search has used: `forward_calls` of the model, `tokens_evaluated` (read after the
@@ -28,6 +28,7 @@ class Cost:
     prefix_tokens: int = 0
     seconds: float = 0.0
 
+# %% ../../nbs/decoding/branches.ipynb #60a471ca
 class MeteredEngine(Engine):
     """An `Engine` that counts in `cost` what it reads, and reads no more than `token_budget` tokens
     after the prompt (none: no limit)."""
@@ -125,7 +126,7 @@ def _rows_of(inputs: dict | None, rows: int) -> dict | None:
     return {name: value.expand(rows, *value.shape[1:]) if torch.is_tensor(value) else value
             for name, value in inputs.items()}
 
-# %% ../../nbs/decoding/branches.ipynb #66e2ba85
+# %% ../../nbs/decoding/branches.ipynb #419bbde3
 class RowStore:
     "States as their own cache keeps them. A place is (a state, its row)."
 
@@ -155,6 +156,7 @@ def _snapshot(engine, state: DecodingState) -> DecodingState:
     if type(state.cache) is not RecurrentCache: return engine.fork(state)
     return replace(state, cache=state.cache.fork())
 
+# %% ../../nbs/decoding/branches.ipynb #66e2ba85
 def _chosen(engine, source: DecodingState, rows: list[int]) -> DecodingState:
     "An independent state of some rows of another one."
     if hasattr(source.cache, "fork"):

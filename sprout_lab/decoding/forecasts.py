@@ -7,7 +7,6 @@ __all__ = ['METRICS', 'parse_series', 'standardized', 'power_spectrum', 'spectra
            'plot_forecasts']
 
 # %% ../../nbs/decoding/forecasts.ipynb #028acd16
-import math
 import re
 
 import numpy as np

@@ -174,7 +174,7 @@ def score_written(reward, prompt, texts, ids, token_logprobs, model):
     if values is None: yield from score_texts(reward, prompt, texts)
     else: yield from (checked_reward(value, text) for value, text in zip(values, texts))
 
-# %% ../../nbs/decoding/rewards.ipynb #bb147e6c
+# %% ../../nbs/decoding/rewards.ipynb #09c388d9
 REWARDS = ("regex", "json", "json_schema", "length", "python", "likelihood", "spectral")
 
 def make_reward(written: str, model=None, tokenizer=None):
@@ -213,6 +213,7 @@ def _length(written: str) -> Length:
     if written.isdecimal() and int(written) > 0: return Length(int(written))
     raise ConfigError(f"reward='length:{written}': a number of characters above 0 is needed")
 
+# %% ../../nbs/decoding/rewards.ipynb #bb147e6c
 def _from_module(written: str):
     module, _, name = written.rpartition(".")
     if not module: raise ConfigError(f"reward='python:{written}': python:module.function is needed")

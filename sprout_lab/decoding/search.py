@@ -342,11 +342,12 @@ class Trail:
 _RULES = {"mcts": ("uct", "mean"), "dts": ("boltzmann", "soft"), "dts*": ("uct", "soft"),
           "s-adt": ("boltzmann", "soft")}   # selection and backup
 
-# %% ../../nbs/decoding/search.ipynb #4b0c9590
+# %% ../../nbs/decoding/search.ipynb #4f050574
 def _leave(leaf: Node) -> None:
     "Take back one visit of a leaf and of all above it."
     for node in path_of(leaf): node.visits -= 1
 
+# %% ../../nbs/decoding/search.ipynb #4b0c9590
 class Descent:
     "A tree over one prompt, and going down it."
 

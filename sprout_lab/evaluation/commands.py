@@ -18,7 +18,6 @@ from transformers import AutoTokenizer
 
 from ..configs import (ConfigError, DataConfig, Settings, nearest, read_settings, setting,
                                 user_path)
-from ..data.prepare import load_data
 from .diversity import (DiversityPoint, diversity_front, front_table,
                                              plot_front)
 from .evaluator import (Comparison, EvaluationConfig, Evaluator, load_model,

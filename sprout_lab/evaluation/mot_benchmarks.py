@@ -91,7 +91,7 @@ def bench_mot_training(module=None, repeats: int = 5, batch: int = BATCH, length
                 target=">= 5"),
             row(f"{what}, bf16", side="ours, bf16", against="prototype, bf16")]
 
-# %% ../../nbs/evaluation/mot_benchmarks.ipynb #266fdb3f
+# %% ../../nbs/evaluation/mot_benchmarks.ipynb #28aed950
 def stepping(model, prefix: int, steps: int, rows: int = 1):
     "A function that takes `steps` cached steps behind a prefix of that length."
     ids = torch.randint(model.config.vocab_size, (rows, prefix + steps),
@@ -128,6 +128,7 @@ def bench_mot_decoding(module=None, repeats: int = 5, near: int = 64, far: int =
                    amount={"far": steps, "prototype": 1}, unit="tokens/s")
     return [flat, peer]
 
+# %% ../../nbs/evaluation/mot_benchmarks.ipynb #266fdb3f
 def _reset_and_run(run, cache, prefix: int) -> None:
     "Step from the prefix again: what an earlier round has added is cut off."
     cache.crop(prefix)

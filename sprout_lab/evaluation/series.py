@@ -16,14 +16,13 @@ import torch
 
 from ..configs import ConfigError
 from ..data.prepare import TrainingData
-from ..data.questions import STAGES, load_questions, read_caption, read_digits
+from ..data.questions import load_questions, read_caption, read_digits
 from ..data.series import SeriesBatches, SeriesSet, SeriesWindows, sample_from_text
 from ..data.series_hub import HUB_SETS, load_hub_questions
 from ..data.tokenizers import load_tokenizer
 from ..decoding.answers import encoder_of, write_answers
 from ..decoding.sampling import SamplingConfig
-from ..metrics import (SUMS, autocast_dtype, evaluation_mode, predict, summarize,
-                                token_sums)
+from ..metrics import SUMS, autocast_dtype, evaluation_mode, summarize, token_sums
 from ..models.tslm import AutoModelForSeriesText, load_language_tokenizer
 from ..objectives import Fragment, Objective, register_objective
 
@@ -130,7 +129,7 @@ def longest_answer(samples) -> int:
     "Tokens of bytes that suffice for the answers of a set, with some room."
     return max((len(sample.answer) for sample in samples), default=16) + 8
 
-# %% ../../nbs/evaluation/series.ipynb #109cfe33
+# %% ../../nbs/evaluation/series.ipynb #e150a737
 def answer_sums(model, windows, device, dtype=None, progress=None) -> tuple:
     """(the sums of `metrics.SUMS` over all answer tokens of batches `windows`, answers that are
     exactly right, answers)."""
@@ -147,6 +146,7 @@ def answer_sums(model, windows, device, dtype=None, progress=None) -> tuple:
             if progress is not None: progress(number, len(windows))
     return sums, exact, answers
 
+# %% ../../nbs/evaluation/series.ipynb #109cfe33
 class JudgesAnswers:
     "How a model that answers questions about series is scored, and how that is told."
     target, metric, unit = "answer tokens", "loss", "nats per answer token"
@@ -215,7 +215,7 @@ class AnswersQuestions:
         return [f"{row['of']}: {row['question']} → {row['written']!r} (expected "
                 f"{row['expected']!r})\n" for row in samples["written_answers"]]
 
-# %% ../../nbs/evaluation/series.ipynb #aa763b23
+# %% ../../nbs/evaluation/series.ipynb #728abe85
 class Series(AnswersQuestions, JudgesAnswers, Objective):
     "Answers to questions about series (Langer et al., 2025), in nats per answer token."
     name, counted = "series", "questions"
@@ -268,6 +268,7 @@ class Series(AnswersQuestions, JudgesAnswers, Objective):
 
     def tokens_per_epoch(self, data) -> int: return len(data.train)
 
+# %% ../../nbs/evaluation/series.ipynb #aa763b23
 def _encoder(config, tokenizer): return encoder_of(_Configured(config), tokenizer)
 
 class _Configured:

@@ -93,7 +93,7 @@ class Projector(nn.Sequential):
     def __init__(self, width: int, hidden_size: int):
         super().__init__(nn.LayerNorm(width), nn.Linear(width, hidden_size), nn.GELU())
 
-# %% ../../nbs/models/series_encoder.ipynb #48a1332e
+# %% ../../nbs/models/series_encoder.ipynb #fe6088cb
 class ResamplerLayer(GradientCheckpointingLayer):
     "Latents `(batch, latents, width)` attend to patches and to themselves; same shape."
 
@@ -111,6 +111,7 @@ class ResamplerLayer(GradientCheckpointingLayer):
         latents = latents + self.attention(own, memory, seen)
         return latents + self.mlp(latents)
 
+# %% ../../nbs/models/series_encoder.ipynb #48a1332e
 class PerceiverResampler(nn.Module):
     """Patches of several series to `latents` vectors each (Jaegle et al., 2021). `forward`:
     `patches (batch, series, patches, width)` and what of them is `visible` → `(batch,

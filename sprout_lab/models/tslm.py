@@ -378,7 +378,7 @@ class OpenTSLMSP(OpenTSLM):
         return run_language_model(self, given, past_key_values, cached, labels, logits_to_keep,
                                   kwargs)
 
-# %% ../../nbs/models/tslm.ipynb #2726e9b6
+# %% ../../nbs/models/tslm.ipynb #66568c8a
 class SeriesCache(Cache):
     """A language model's cache `inner`, with the vectors of each row's series: `memory (rows,
     vectors, width)` and which of them exist, `visible (rows, vectors)`. Rows are forked, chosen
@@ -420,6 +420,7 @@ class SeriesCache(Cache):
         self.inner.trim(columns)
         return self
 
+# %% ../../nbs/models/tslm.ipynb #2726e9b6
 def joined_memory(mine: SeriesCache, other: SeriesCache) -> tuple:
     "The memories of two caches' rows below each other; the narrower one is filled up, unseen."
     width = max(mine.memory.shape[1], other.memory.shape[1])

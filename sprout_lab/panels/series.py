@@ -46,7 +46,7 @@ def bars_html(shares: dict[str, float], expected: str | None = None) -> str:
                     f'#0072B2;height:12px;width:{200 * share:.0f}px"></span>{share:.0%}</div>')
     return "".join(rows)
 
-# %% ../../nbs/panels/series.ipynb #5fde5fa7
+# %% ../../nbs/panels/series.ipynb #d73016fe
 HANDLES = 16   # of a drawn curve
 
 def _slider(name: str, value: float, low: float, high: float) -> widgets.FloatSlider:
@@ -58,6 +58,7 @@ def _handle(value: float) -> widgets.FloatSlider:
                                readout=False, continuous_update=False,
                                layout=widgets.Layout(width="22px", height="120px"))
 
+# %% ../../nbs/panels/series.ipynb #5fde5fa7
 class SeriesPanel:
     """Made by `series_panel`; shows itself in a cell. `shares`: the last answer's probabilities;
     `series`: the curves that were asked about."""

@@ -95,7 +95,7 @@ def _continued(run: Run) -> _Beginning:
     return _Beginning(load_pretrained(base), load_tokenizer(base), adapter,
                       read_settings(run.config))
 
-# %% ../../nbs/trainers/adapters.ipynb #9f885822
+# %% ../../nbs/trainers/adapters.ipynb #c87a84bb
 def _keep_beginning(run: Run, begin: _Beginning) -> None:
     "Write what a run begins from into its folder, so that it needs nothing else."
     if (run.folder / "base").is_dir(): return
@@ -132,6 +132,7 @@ def make_finetuner(path, entry_of, flags: dict | None = None, adapter: AdapterCo
     _keep_beginning(run, begin)
     return _finetuner(config, begin, checkpoint, entry, extra_callbacks, log)
 
+# %% ../../nbs/trainers/adapters.ipynb #9f885822
 def _finetuner(config, begin: _Beginning, checkpoint, entry, callbacks, log) -> Trainer:
     "The trainer of a resolved run, at its checkpoint where there is one."
     objective = objective_of(begin.model)

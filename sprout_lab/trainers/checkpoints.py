@@ -111,7 +111,7 @@ def read_weights(folder, model) -> None:
         raise ConfigError(f"{path}: does not fit this model (missing {lost}; unknown {extra}); "
                           f"{advice}")
 
-# %% ../../nbs/trainers/checkpoints.ipynb #2e6d1e32
+# %% ../../nbs/trainers/checkpoints.ipynb #8a4afa7d
 ADAPTER = "adapter_model.safetensors"
 
 def read_adapter(folder, model) -> None:
@@ -150,6 +150,7 @@ def read_state(folder) -> TrainerState:
     if named in (None, state.step): return state
     raise ConfigError(f"step={state.step} is not the step in the folder's name")
 
+# %% ../../nbs/trainers/checkpoints.ipynb #2e6d1e32
 def read_checkpoint(folder, model, optimizer, kind: str | None = None) -> TrainerState:
     """Load weights and optimizer state from a sealed checkpoint, and return the trainer's state.
     `kind`: of the optimizer (adamw, muon); moments of another begin anew where they do not fit."""
@@ -177,7 +178,7 @@ def check_config(folder) -> None:
             raise ConfigError(f"{folder}: {name}={kernel!r:.80}: choose from {known}; "
                               "no code is ever fetched")
 
-# %% ../../nbs/trainers/checkpoints.ipynb #54b18c35
+# %% ../../nbs/trainers/checkpoints.ipynb #946fd74b
 @contextmanager
 def _at_most_parameters(most: int):
     "A `ConfigError` as soon as this thread's models have more than `most` parameters."
@@ -202,6 +203,7 @@ def _header(folder) -> dict[str, list[int]]:
 
 _MOST_TABLES = 2**32      # bytes that a model may hold beside its weights: tables of positions
 
+# %% ../../nbs/trainers/checkpoints.ipynb #54b18c35
 def _check_shapes(folder, config, auto) -> None:
     "Refuse a configuration that its weights do not have, before room for it is made."
     header = _header(folder)

@@ -17,7 +17,7 @@ from torch import nn
 from ..configs import ConfigError, TrainingConfig
 from .optimizers import optimizer_tensors
 
-# %% ../../nbs/trainers/parallel.ipynb #86e7eecf
+# %% ../../nbs/trainers/parallel.ipynb #324739a9
 def parallel_plan(model: nn.Module, mode: str) -> dict:
     "Where `model` may be cut; a `ConfigError` where it may not."
     plan, growing = getattr(type(model), "parallel_plan", None), _grows(model)
@@ -48,6 +48,7 @@ def check_parallel(model: nn.Module, mode: str, processes: int) -> None:
     plan = parallel_plan(model, mode)
     if mode == "tensor": _check_widths(model, plan, processes)
 
+# %% ../../nbs/trainers/parallel.ipynb #86e7eecf
 def _check_widths(model: nn.Module, plan: dict, processes: int) -> None:
     "Heads and channels must be multiples of the number of processes."
     for name, attribute in plan["heads"].items():
