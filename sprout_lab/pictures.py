@@ -227,7 +227,9 @@ def trajectories(model, tokenizer, text: str, prompt: int = 24, num_parallel: in
     "Where thoughts lead: continuations of the same beginning, side by side, by creativity."
     config, ids = _thoughtful(model), text_ids(model, tokenizer, text, prompt)
     room = min(ids.shape[1] + new_tokens, config.max_position_embeddings)
-    trains = generate_parallel_thoughts(model, ids, num_parallel, room, seed=seed)
+    known = min(len(tokenizer), config.vocab_size)
+    trains = generate_parallel_thoughts(model, ids, num_parallel, room, seed=seed,
+                                        vocabulary=known)
     texts = [tokenizer.decode(row[ids.shape[1]:].tolist()) for row in trains.ids]
     return plot_trajectories(texts, trains.creativity.tolist(), trains.thought_load.tolist(),
                              start=tokenizer.decode(ids[0].tolist()))

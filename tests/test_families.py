@@ -112,7 +112,7 @@ def fully_grown(family, run) -> int:
 def test_pictures_draw(name):
     from sprout_lab.data.tokenizers import ByteTokenizer
     family, masked = get_family(name), get_family(name).objective == "masked"
-    model = small(name, **({"tree": [-1, 0, 0]}
+    model = small(name, vocab_size=len(ByteTokenizer(masked=masked)), **({"tree": [-1, 0, 0]}
                            if "tree" in family.config_class.settings.model_fields else {}))
     for picture in family.pictures:
         figure = family.draw(picture, model, ByteTokenizer(masked=masked), TEXT)

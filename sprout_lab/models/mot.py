@@ -422,9 +422,11 @@ class ParallelThoughts:
 def generate_parallel_thoughts(model: MoTForCausalLM, input_ids, num_parallel: int = 4,
                                max_length: int = 50,
                                creativity=None, temperature: float = 0.8, top_k: int = 50,
-                               seed: int | None = None) -> ParallelThoughts:
+                               seed: int | None = None,
+                               vocabulary: int | None = None) -> ParallelThoughts:
     """Continue `input_ids (length)` or `(1, length)` up to `max_length` tokens in all, `num_parallel`
-    times in one batch. `creativity`: a level for each, by default evenly from 0 to 1.5."""
+    times in one batch. `creativity`: a level for each, by default evenly from 0 to 1.5;
+    `vocabulary`: only ids below it are drawn, where the tokenizer has fewer than the model."""
     prompt = torch.as_tensor(input_ids, device=model.device).reshape(1, -1)
     if num_parallel < 1: raise ConfigError(f"num_parallel={num_parallel}: at least 1 is needed")
     if prompt.shape[1] >= max_length:
@@ -444,7 +446,7 @@ def generate_parallel_thoughts(model: MoTForCausalLM, input_ids, num_parallel: i
             output = model(new, past_key_values=cache, use_cache=True, creativity=levels,
                            generator=generator,
                            output_thoughts=True, logits_to_keep=1)
-            logits = output.logits[:, -1].float() / temperature                          # (P, V)
+            logits = output.logits[:, -1, :vocabulary].float() / temperature             # (P, V)
             best = logits.topk(min(top_k, logits.shape[-1]))
             drawn = torch.multinomial(best.values.softmax(-1), 1, generator=generator)   # (P, 1)
             new = best.indices.gather(1, drawn)

@@ -65,7 +65,7 @@ async def read_body(receive, most: int, seconds: float) -> bytes | None:
     except asyncio.TimeoutError:
         raise APIError(408, "the body did not come in time", "body_timeout") from None
 
-# %% ../../nbs/serving/app.ipynb #09503493
+# %% ../../nbs/serving/app.ipynb #72893e14
 def error_response(error: APIError) -> JSONResponse:
     "The answer that an `APIError` is."
     headers = {}
@@ -73,6 +73,7 @@ def error_response(error: APIError) -> JSONResponse:
     if error.status == 401: headers["WWW-Authenticate"] = "Bearer"
     return JSONResponse(error.body(), error.status, headers)
 
+# %% ../../nbs/serving/app.ipynb #e38cc0cf
 class Guard:
     "ASGI middleware: key, host, size, kind and number of requests. `state`: the application's."
 
@@ -123,6 +124,7 @@ class Guard:
         if scope["method"] == "POST" and kind != b"application/json":
             raise APIError(415, "the body must be declared as application/json", "content_type")
 
+# %% ../../nbs/serving/app.ipynb #09503493
 def _replayed(body: bytes, receive):
     "A `receive` that gives the whole body first, and then waits for the client to go away."
     waiting = [{"type": "http.request", "body": body, "more_body": False}]
@@ -195,7 +197,7 @@ async def unless_disconnected(request: Request, work):
             task.cancel()
             with suppress(asyncio.CancelledError, Exception): await task
 
-# %% ../../nbs/serving/app.ipynb #82e29f1e
+# %% ../../nbs/serving/app.ipynb #ef1958d1
 def choose_best(deltas: list, samples: int, n: int) -> list:
     """Of every prompt's `samples` whole deltas the `n` with the highest log-probability per token,
     best first."""
@@ -221,6 +223,7 @@ def bounded_tokens(body, served: ServedModel, prompts, config: ServerConfig) -> 
     if served.max_length is not None: room = min(room, served.max_length + 1 - longest)
     return max(1, room)
 
+# %% ../../nbs/serving/app.ipynb #82e29f1e
 def prepare(body, served: ServedModel, config: ServerConfig):
     "(prompts, requests) of a body for a model; an `APIError` for what cannot be served."
     try:
@@ -396,7 +399,7 @@ def _add_error_handlers(app: FastAPI, log) -> None:
         log("".join(traceback.format_exception(error)))
         return error_response(APIError(500, "something broke in the server", "internal"))
 
-# %% ../../nbs/serving/app.ipynb #97b1d581
+# %% ../../nbs/serving/app.ipynb #a8252c40
 def _add_routes(app: FastAPI, page: str) -> None:
     state = app.state
 
@@ -434,6 +437,7 @@ def _add_routes(app: FastAPI, page: str) -> None:
     @app.post("/v1/chat/completions")
     async def _(body: ChatRequest, request: Request): return await answer(body, request)
 
+# %% ../../nbs/serving/app.ipynb #97b1d581
 def _known(registry: ModelRegistry, name: str) -> ServedModel:
     served = registry.get(name)
     if served is None: raise APIError(404, registry.unknown(name), "model_not_found", "model")

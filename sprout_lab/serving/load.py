@@ -156,7 +156,7 @@ class BenchServer:
         self.process.kill()
         self.process.wait()
 
-# %% ../../nbs/serving/load.ipynb #b8991a6b
+# %% ../../nbs/serving/load.ipynb #b8cfa90d
 def _request(k: int) -> dict:
     "Request k: 24 to 40 tokens to read, 64 to write."
     return {"prompt": f"{k:04d}: " + "All happy families are alike, " * 2, "max_tokens": 64,
@@ -184,6 +184,7 @@ def bench_serve(clients=(1, 8, 32, 128), size: str = "nano", output=None, log=pr
     if output: Path(output).write_text(json.dumps(results, indent=2) + "\n")
     return results
 
+# %% ../../nbs/serving/load.ipynb #b8991a6b
 def load_table(results: dict, clients) -> str:
     "The facts as lines of text, with the ratio of tokens per second."
     lines = [f"{'clients':>7} {'server':<7}{'req/s':>8}{'tok/s':>9}   first token, ms          "

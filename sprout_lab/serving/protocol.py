@@ -92,7 +92,7 @@ class SamplingFields(StrictModel):
         if 0 < (self.temperature or 0) < 1e-3:
             raise ConfigError("temperature: 0, or at least 0.001")
 
-# %% ../../nbs/serving/protocol.ipynb #3ed3748b
+# %% ../../nbs/serving/protocol.ipynb #1b7b3550
 class CompletionRequest(SamplingFields):
     "The body of `/v1/completions`."
     prompt: Prompt
@@ -127,6 +127,7 @@ class ChatMessage(StrictModel):
         if not isinstance(content, str): content = "".join(part.text for part in content)
         return {"role": self.role, "content": content}
 
+# %% ../../nbs/serving/protocol.ipynb #3ed3748b
 class ChatRequest(SamplingFields):
     "The body of `/v1/chat/completions`."
     messages: list[ChatMessage] = Field(min_length=1, max_length=4096)

@@ -20,7 +20,7 @@ from ..runs import checkpoint_step, find_checkpoint
 from .scheduler import (
     Scheduler, SchedulerLimits, SchedulerThread, decoding_engine, deliver_directly)
 
-# %% ../../nbs/serving/registry.ipynb #3daa0d74
+# %% ../../nbs/serving/registry.ipynb #58eba287
 _Count = lambda help, **bounds: setting(help, ge=1, log=True, **bounds)
 
 class _Network(Settings):
@@ -41,6 +41,7 @@ class _Network(Settings):
     drain_seconds: Annotated[float, setting("Longest time to end running texts after SIGTERM.",
                                             ge=0, le=3600, unit="seconds")] = 30.0
 
+# %% ../../nbs/serving/registry.ipynb #3daa0d74
 class ServerConfig(_Network):
     "What `sprout-lab serve` may be told."
     max_rows: Annotated[int, _Count("Texts written at once, per model.", le=4096)] = 32

@@ -319,7 +319,7 @@ class Scheduler:
         if deltas: self.deliver(deltas)
         self.batch.step()
 
-# %% ../../nbs/serving/scheduler.ipynb #8c7f910f
+# %% ../../nbs/serving/scheduler.ipynb #d809fe68
 class SchedulerThread:
     "Runs a `Scheduler`'s turns in a thread of its own, from `start` to `close`."
 
@@ -351,6 +351,7 @@ class SchedulerThread:
                 scheduler.log(traceback.format_exc())
                 fail_all(scheduler)
 
+# %% ../../nbs/serving/scheduler.ipynb #8c7f910f
 def fail_all(scheduler: Scheduler) -> None:
     "End every text that is being read or written with finish `error`, and begin with empty hands."
     batch, reader = scheduler.batch, scheduler.reader

@@ -21,7 +21,7 @@ from ..configs import ConfigError
 from .app import create_app
 from .registry import ModelRegistry, ServerConfig
 
-# %% ../../nbs/serving/server.ipynb #e0c06c1f
+# %% ../../nbs/serving/server.ipynb #dcb49c06
 class GuardedProtocol(H11Protocol):
     "One connection, closed after `seconds` of an unfinished head or an unread answer."
     seconds = 20.0
@@ -63,11 +63,12 @@ class GuardedProtocol(H11Protocol):
         self._stop("stall_timer")
         super().connection_lost(exc)
 
+# %% ../../nbs/serving/server.ipynb #e0c06c1f
 def protocol_class(seconds: float) -> type[GuardedProtocol]:
     "The protocol with a time of its own."
     return type("GuardedProtocol", (GuardedProtocol,), {"seconds": seconds})
 
-# %% ../../nbs/serving/server.ipynb #579bf32a
+# %% ../../nbs/serving/server.ipynb #40163731
 class DrainingServer(uvicorn.Server):
     "uvicorn's server with an end of its own."
 
@@ -100,6 +101,7 @@ def listening_socket(host: str, port: int) -> socket.socket:
     listener.listen(1024)
     return listener
 
+# %% ../../nbs/serving/server.ipynb #579bf32a
 def make_server(registry: ModelRegistry, config: ServerConfig, log=print) -> DrainingServer:
     "A server over the models of `registry`, not yet running."
     app = create_app(registry, config, log)
