@@ -21,9 +21,9 @@ SMALL = {"max_steps": 20, "log_interval": 1, "eval_interval": 10, "save_interval
          # small: a ternary weight near a threshold turns the last digit of a float into a step
          "learning_rate": 1e-4}
 SHAPES = {"transformer": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
-          "slm": {"hidden_size": 32, "num_hidden_layers": 2},
-          "hnet": {"d_model": [32, 48], "num_blocks": [[1, 0, 1], [1]]},
-          "sprout": {"hidden_size": 32, "num_attention_heads": 2, "growth": "none"}}
+          "slm": {"hidden_size": 32, "num_hidden_layers": 2}}
+# not here: an HNetBit's ratio loss multiplies means over a process's own rows, and a SPROUT draws
+# its dropout per process, so that their losses are near those of one process and not equal
 WAYS = [(name, mode) for name in SHAPES for mode in families[name].parallel]
 
 WORKER = """
@@ -98,7 +98,10 @@ def test_one_goes_on_where_two_or_four_stopped(tmp_path):
         assert max(abs(a - b) for a, b in zip(losses(whole.folder), losses(folder))) < 1e-4
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_job_and_leaves_a_checkpoint(tmp_path):
+    """Slow, and a race: where the launcher's signal comes before the broken connection is seen,
+    the launcher's own words are all there is."""
     flags = settings("slm", tmp_path / "run", parallel="sharded", max_steps=100_000,
                      save_interval=2)
     words = [w for name, value in flags.items() if not isinstance(value, bool)
