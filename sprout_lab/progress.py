@@ -46,12 +46,10 @@ class Progress:
     every `every` seconds. Within `without_progress`, nothing. Leaving the context removes the bar.
     `start`: what was done before, which the pace does not count."""
 
-    def __init__(self, description: str, unit: str = "steps", log=None, every: float = 10.0,
-                 start: int = 0):
-        self.start = start
+    def __init__(self, description: str, unit="steps", log=None, every=10.0, start=0):
         self.description, self.unit, self.log, self.every = description, unit, log, every
+        self.start, self.bar = start, None
         self.begun = self.last = time.monotonic()
-        self.bar = None
 
     def __call__(self, done: int, total: int | None = None) -> None:
         if not _shown: return
@@ -78,7 +76,6 @@ class Progress:
                 self(number, total)
 
     def __enter__(self): return self
-
     def __exit__(self, *error) -> None:
         if self.bar is not None: self.bar.close()
         self.bar = None

@@ -287,8 +287,7 @@ class Comparison:
                 for rate in rates_around(usual, config.rates)]
 
     def rate(self, one: Contestant) -> float:
-        """The learning rate of the best trial; the preset's without a search. All trials must be
-        finished."""
+        "The learning rate of the best trial, once all are finished; the preset's without a search."
         jobs = self.trials(one)
         if not jobs: return preset_rate(one.family, self.config.size)
         scores = {job.rate: (outcome_of(job.folder) or {}).get("score") for job in jobs}

@@ -267,18 +267,17 @@ class AnswerWriter:
 
     def frame(self, choices: list[dict], usage: dict | None = None, piece: bool = False) -> dict:
         "The outermost object of an answer or of a `piece` of one."
-        kind = "text_completion"
-        if self.chat: kind = "chat.completion.chunk" if piece else "chat.completion"
-        frame = {"id": self.id, "object": kind, "created": self.created, "model": self.name,
-                 "choices": choices}
+        chat = "chat.completion.chunk" if piece else "chat.completion"
+        frame = {"id": self.id, "object": chat if self.chat else "text_completion",
+                 "created": self.created, "model": self.name, "choices": choices}
         asked = self.body.stream_options and self.body.stream_options.include_usage
         if usage is not None or (piece and asked): frame["usage"] = usage
         return frame
 
     def echoed(self, prompt: int) -> str:
         "The text that stands before a choice: the prompt, where it was asked for."
-        echo = not self.chat and self.body.echo
-        return decode_text(self.tokenizer, self.prompts[prompt]) if echo else ""
+        if self.chat or not self.body.echo: return ""
+        return decode_text(self.tokenizer, self.prompts[prompt])
 
     def logprobs(self, choice: int, delta: Delta, before: tuple = ()) -> dict | None:
         "The field of that name. `before`: tokens, scores and alternatives of an echoed prompt."

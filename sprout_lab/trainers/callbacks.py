@@ -353,11 +353,11 @@ class Console(Callback):
     def on_start(self, trainer):
         self.steps.start = trainer.step    # a run that is continued has come that far
         if sys.stderr.isatty(): trainer.log = _above_the_bars(trainer.log)
-        facts = trainer.facts()["model_info"]
+        facts, device = trainer.facts()["model_info"], trainer.accelerator.device.type
+        step = f"{trainer.tokens_per_step:,} {trainer.objective.counted}"
         self.say(trainer, f"{facts['family']}, {facts['parameters']:,} parameters, on "
-                          f"{trainer.data.name}: {trainer.total_steps:,} steps of "
-                          f"{trainer.tokens_per_step:,} {trainer.objective.counted} on "
-                          f"{trainer.accelerator.device.type} → {trainer.run.folder}")
+                          f"{trainer.data.name}: {trainer.total_steps:,} steps of {step} "
+                          f"on {device} → {trainer.run.folder}")
 
     def say(self, trainer, line: str):
         if progress_shown(): trainer.log(line)

@@ -264,8 +264,7 @@ def plot_bits_per_byte(runs, baselines: dict[str, float] | None = None, x: str =
     _name_axes(ax, label, metric, title)
     drawn = [curve for run in [*named.values(), *before.values()] for curve in run.values()
              if len(curve.xs)]
-    # the first moment
-    if drawn and not max(curve.xs[-1] for curve in drawn): ax.set_xlim(-0.05, 1)
+    if drawn and not max(curve.xs[-1] for curve in drawn): ax.set_xlim(-0.05, 1)   # one moment
     _frame(ax, drawn, baselines or {}, log_scale)
     _legend(ax, _notes(named))
     shown = {f"{name} {part}".strip() if len(named) > 1 else part: curve
