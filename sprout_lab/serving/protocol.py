@@ -255,9 +255,8 @@ class AnswerWriter:
 
     def __init__(self, body: SamplingFields, name: str, tokenizer, prompts: list[list[int]]):
         self.body, self.name, self.tokenizer, self.prompts = body, name, tokenizer, prompts
-        self.chat, self.created = isinstance(body, ChatRequest), int(time.time())
+        self.chat, self.created, self.offsets = isinstance(body, ChatRequest), int(time.time()), {}
         self.id = ("chatcmpl-" if self.chat else "cmpl-") + uuid.uuid4().hex
-        self.offsets: dict[int, int] = {}
 
     def usage(self, written: int, reused: int = 0) -> dict:
         "How many tokens were read and written, and how many of the prompts' were known already."

@@ -370,7 +370,6 @@ class Console(Callback):
         if self.batches is None: self.batches = Progress("evaluating", "batches", trainer.log)
         self.batches(done, total)
         if done == total: self.close()
-
     def close(self):
         if self.batches is not None: self.batches.__exit__()
         self.batches = None
