@@ -6230,6 +6230,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'sprout_lab/visualizers/style.py'),
                                               'sprout_lab.visualizers.style._page_svg': ( 'visualizers/style.html#_page_svg',
                                                                                           'sprout_lab/visualizers/style.py'),
+                                              'sprout_lab.visualizers.style._settable': ( 'visualizers/style.html#_settable',
+                                                                                          'sprout_lab/visualizers/style.py'),
                                               'sprout_lab.visualizers.style._strips': ( 'visualizers/style.html#_strips',
                                                                                         'sprout_lab/visualizers/style.py'),
                                               'sprout_lab.visualizers.style.add_hover': ( 'visualizers/style.html#add_hover',

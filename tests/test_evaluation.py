@@ -752,7 +752,7 @@ def test_another_kind_of_model_needs_nothing_from_the_evaluator(monkeypatch):
 
 def test_progress_in_plain_lines_and_nothing_when_quiet(corpus_run, monkeypatch):
     from sprout_lab import progress
-    monkeypatch.setattr(progress.Progress.__init__, "__defaults__", ("steps", None, 0.0))
+    monkeypatch.setattr(progress.Progress.__init__, "__defaults__", ("steps", None, 0.0, 0))
     _, shown = evaluate(corpus_run.folder)
     assert "evaluating: 1 of" in shown
     _, quiet = evaluate(corpus_run.folder, quiet=True)
@@ -763,7 +763,7 @@ def test_progress_in_plain_lines_and_nothing_when_quiet(corpus_run, monkeypatch)
 def test_generation_of_many_texts_shows_its_progress(model, monkeypatch, capsys):
     from sprout_lab import progress
     from sprout_lab.decoding.sampling import generate_text
-    monkeypatch.setattr(progress.Progress.__init__, "__defaults__", ("steps", None, 0.0))
+    monkeypatch.setattr(progress.Progress.__init__, "__defaults__", ("steps", None, 0.0, 0))
     one = generate_text(model, ByteTokenizer(), "a", max_tokens=4, seed=1)
     assert capsys.readouterr().err == "" and len(one) == 1
     texts = generate_text(model, ByteTokenizer(), ["a", "b"], max_tokens=4, seed=1)

@@ -369,7 +369,8 @@ def test_wandb_goes_on_in_the_same_run(tmp_path, data, monkeypatch):
     flags = {"use_wandb": True, "wandb_project": "test", "resume_from": "auto"}
     run = trainer(tmp_path / "run", data, max_steps=10, **flags).train()
     trainer(tmp_path / "run", data, max_steps=20, **flags).train()
-    ids = {folder.name.rsplit("-", 1)[1] for folder in (run.folder / "wandb").glob("offline-run-*")}
+    names = [folder.name for folder in (run.folder / "wandb").glob("offline-run-*")]
+    ids = {name.split("-")[3] for name in names}   # offline-run-TIME-ID, -1 behind it in one second
     assert ids == {(run.logs / "wandb_id.txt").read_text()}
 
 

@@ -233,7 +233,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(form):
 def test_every_causal_family_reads_series(name, tmp_path):
     shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
              "d_model": [16, 24],
-             "num_blocks": [[1, 0, 1], [1]], "routing": "token"}
+             "num_blocks": [[1, 0, 1], [1]], "routing": "token", "vocab_size": 256}
     family = get_family(name)
     known = family.config_class.settings.model_fields
     inside = family.build(objective="causal", **{k: v for k, v in shape.items() if k in known})

@@ -88,10 +88,8 @@ def _inks(artist):
             yield artist.set_markerfacecolor, to_rgba(artist.get_markerfacecolor())
             yield artist.set_markeredgecolor, to_rgba(artist.get_markeredgecolor())
     elif isinstance(artist, Patch):
-        face, edge = artist.get_facecolor(), artist.get_edgecolor()
-        artist.set_alpha(None)     # a legend's own would show its paper where the page has none
-        yield artist.set_facecolor, face
-        yield artist.set_edgecolor, edge
+        yield artist.set_facecolor, artist.get_facecolor()
+        yield artist.set_edgecolor, artist.get_edgecolor()
     elif isinstance(artist, Collection):
         faces, edges = np.asarray(artist.get_facecolor()), np.asarray(artist.get_edgecolor())
         if len(edges) and not np.array_equal(edges, faces): yield artist.set_edgecolor, edges
@@ -123,6 +121,11 @@ def _artists(figure):
             if isinstance(part, Patch): yield part
 
 
+def _settable(color: np.ndarray):
+    "A colour as a setter takes it; none is `none`, over which an artist's own alpha has no power."
+    if color.ndim > 1: return color
+    return tuple(color) if color[3] else "none"
+
 @contextmanager
 def inked(figure, style: Style):
     """While it lasts, the artists of `figure` have the colours of `style`; afterwards their own
@@ -135,8 +138,8 @@ def inked(figure, style: Style):
         for setter, color in _inks(artist):
             new = _inked(color, style, least)
             if np.array_equal(new, color): continue
-            setter(tuple(new) if new.ndim == 1 else new)
-            undo.append((setter, color))
+            setter(_settable(new))
+            undo.append((setter, _settable(np.asarray(color))))
     try: yield
     finally:
         for setter, color in reversed(undo): setter(color)

@@ -12,7 +12,7 @@ from sprout_lab.evaluation.transformer_benchmarks import (build_nanogpt, load_na
 from sprout_lab.families import families
 from sprout_lab.models.importing import export_llama
 from sprout_lab.models.transformer import TransformerConfig
-from sprout_lab.objectives import objective_of
+from sprout_lab.objectives import get_objective, objective_of
 from sprout_lab.trainers.optimizers import build_optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -90,7 +90,7 @@ def measure_family(report: Report, settings: Settings, family, size: str, peak: 
     model = family.build(size).train().to(settings.device)
     batch = batch_for(model, sequences, length, settings.device)
     flops = model_flops(model, batch, settings)
-    is_transformer = isinstance(model.config, TransformerConfig)
+    is_transformer = type(model.config) is TransformerConfig    # a peer has its shape
     steps = {EAGER: own_step(model, batch, settings)}
     if is_transformer or not settings.quick:
         steps[COMPILED] = own_step(model, batch, settings, compiled(model, settings))
@@ -123,5 +123,8 @@ def run(report: Report, settings: Settings) -> None:
     if nanogpt is None: report.absent("nanoGPT", "no clone was loaded (--peer nanogpt=DIR)")
     for size in QUICK if settings.quick else SIZES:
         for family in families.values():
+            if get_objective(family.objective).counted != "tokens":
+                report.absent(f"{family.name} {size}", "is not trained on a file of tokens")
+                continue
             with report.attempt(f"{family.name} {size}"):
                 measure_family(report, settings, family, size, peak, nanogpt)
