@@ -15,7 +15,7 @@ from sprout_lab.configs import settings_fields
 from sprout_lab.data.corpora import corpora
 from sprout_lab.data.questions import series_sets
 from sprout_lab.families import SIZES, families
-from sprout_lab.objectives import get_objective
+from sprout_lab.objectives import FillsGaps, get_objective
 
 TEMPLATE = root / "tools" / "colab_template.ipynb"
 
@@ -38,9 +38,9 @@ def words_of(family) -> dict[str, str]:
     "What is said of a family by what its models learn."
     objective, own = get_objective(family.objective), own_settings(family)
     writes = objective.continues_text
-    verbs = {"causal": "let it write", "masked": "let it fill gaps"}
-    verb = verbs.get(objective.name, "ask it questions")
-    command = "draw" if objective.name == "masked" else "generate --model_path"
+    fills = isinstance(objective, FillsGaps)
+    verb = "let it write" if writes else "let it fill gaps" if fills else "ask it questions"
+    command = "draw" if fills else "generate --model_path"
     compressors = " The dashed lines are\ncompressors on the same text." if writes else ""
     pairs = "".join(f',\n            "{name}": {name.upper()}' for name in own)
     listed = ", ".join(f"`{name.upper()}`" for name in own)
