@@ -161,10 +161,20 @@ def compatibility(model, tokenizer, text: str, length: int = 48, most: int = 12)
     if len(_tree_of(model).nodes) < 2:
         raise ConfigError("the tree is its root alone and has no router yet; train it for longer")
     pieces = _pieces(model, tokenizer, text, length, most)
-    path_log = model(input_ids=pieces, log_paths=True).path_log
+    found = model(input_ids=pieces, log_paths=True).path_log.compatibilities()
+    came = max((len(rows) for _, rows, _ in found.values()), default=0)
+    if came > len(pieces): found = _by_text(found, pieces.shape[1])   # every token on its own
     names = [tokenizer.decode(row.tolist()) for row in pieces]
-    return plot_compatibility(path_log.compatibilities(), len(pieces), model.config.parents,
-                              names=names)
+    return plot_compatibility(found, len(pieces), model.config.parents, names=names)
+
+def _by_text(compatibilities: dict, length: int) -> dict:
+    "Compatibilities of single tokens, averaged over each text of `length` tokens."
+    averaged = {}
+    for router, (children, tokens, table) in compatibilities.items():
+        texts, group = (tokens // length).unique(return_inverse=True)
+        sums = table.new_zeros(len(texts), table.shape[1]).index_add_(0, group, table)
+        averaged[router] = children, texts, sums / group.bincount()[:, None]
+    return averaged
 
 # %% ../nbs/pictures.ipynb #0279f0e3
 @torch.no_grad()

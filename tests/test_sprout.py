@@ -694,3 +694,18 @@ def test_two_processes_grow_the_same_tree_as_one(tmp_path):
     assert tree == tree2 and actions == actions2 and len(tree) == 5
     assert usage == usage2
     assert_close(torch.tensor(sums2), torch.tensor(sums), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("objective, routing", [("masked", "sequence"), ("masked", "token"),
+                                                ("causal", "token"), ("causal", None)])
+def test_pictures_of_every_routing(objective, routing):
+    from sprout_lab.data.tokenizers import ByteTokenizer
+    from sprout_lab.families import get_family
+    family = get_family("sprout")
+    model = family.build(objective=objective, hidden_size=16, num_attention_heads=2, max_nodes=5,
+                         routing=routing, vocab_size=259).train()
+    for _ in range(2): model.grow(parents=[0])
+    model.eval()
+    text = "What is the night? Almost at odds with morning, which is which. " * 30
+    for name in ("tree", "compatibility"):
+        assert len(family.draw(name, model, ByteTokenizer(masked=True), text).png()) > 1000
