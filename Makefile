@@ -13,7 +13,7 @@ demo: $(READY)  ## train, let it write, then compare all families (under five mi
 	@$(BIN)/sprout-lab generate --model_path $(RUN) --prompt "ROMEO:" --max_tokens 240 --temperature 0.8 --seed 1
 	@echo; echo "the curve: $(RUN)/results/bits_per_byte.png    the run: sprout-lab runs show demo"
 	@echo; echo "and now every family under one budget:"; echo
-	@$(BIN)/sprout-lab compare --amount 3e10 --seeds 2 --rates 1 --no_beside --evaluations 5 \
+	@$(BIN)/sprout-lab compare --amount 3e10 --seeds 1 --rates 1 --no_beside --evaluations 5 \
 	  --final_eval_batches 8 --output_dir runs/demo-comparison
 
 test: $(READY)  ## everything that CI runs
