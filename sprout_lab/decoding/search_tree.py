@@ -192,13 +192,14 @@ def choose(node: Node, rule: str, lam: float, exploration: float, random) -> Nod
 # %% ../../nbs/decoding/search_tree.ipynb #3deda7ca
 def posterior(root: Node, lam: float) -> list[tuple[Completion, float]]:
     "Completions of a tree with their weights, which sum to one; equal ones stand for themselves."
-    found, todo = [], [(root, 1.0)]
-    while todo:
-        node, share = todo.pop()
+    found, unvisited = [], [(root, 1.0)]
+    while unvisited:
+        node, share = unvisited.pop()
         visited = [child for child in node.children if child.value is not None]
         if visited:
             shares = tilt([c.prior for c in visited], [c.value for c in visited], lam)
-            todo += [(child, share * part) for child, part in zip(visited, shares.tolist())]
+            parts = zip(visited, shares.tolist())
+            unvisited += [(child, share * part) for child, part in parts]
         elif node.rollouts:
             rewards = [completion.reward for completion in node.rollouts]
             shares = tilt([1.0] * len(rewards), rewards, lam).tolist()

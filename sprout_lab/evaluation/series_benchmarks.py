@@ -18,7 +18,8 @@ from ..configs import ConfigError
 from ..data.questions import load_questions
 from ..data.series import SampleEncoder, SeriesBatches, SeriesSet, statistics_text, z_score
 from ..data.tokenizers import ByteTokenizer
-from .benchmarks import Benchmark, Row, compare, measure, side_by_side
+from .benchmarks import (
+    Benchmark, Row, compare, measure, process_memory, side_by_side)
 from ..models.importing import export_llama
 from ..models.transformer import TransformerConfig, TransformerForCausalLM
 from ..models.tslm import OpenTSLM, TSLMConfig
@@ -92,19 +93,14 @@ def peer_step(source: Path, folder, batch: int = 8):
     return step
 
 # %% ../../nbs/evaluation/series_benchmarks.ipynb #96c91e53
-def _memory(name: str) -> int:
-    "A line of /proc/self/status, in KiB."
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(name))
-
 def step_memory(checkpointing: bool, form: str, batch: int) -> float:
     "Peak MiB of two training steps in this process, above what it held before them."
     with tempfile.TemporaryDirectory() as folder:
         step = our_step(language_folder(folder), form, batch, checkpointing)
         Path("/proc/self/clear_refs").write_text("5")   # the peak begins anew
-        before = _memory("VmRSS")
+        before = process_memory("VmRSS")
         for _ in range(2): step()
-    return (_memory("VmHWM") - before) / 1024
+    return (process_memory("VmHWM") - before) / 1024
 
 def peak_memory(checkpointing: bool, form: str = "soft_prompt", batch: int = 16) -> float | None:
     "`step_memory` in a process of its own; none where the system does not tell (Linux's /proc)."

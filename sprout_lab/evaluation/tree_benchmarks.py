@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .benchmarks import Benchmark, Row, compare, measure, side_by_side
+from .benchmarks import (
+    Benchmark, Row, compare, measure, process_memory, side_by_side)
 from ..models.sprout import SproutConfig, SproutForMaskedLM
 
 # %% ../../nbs/evaluation/tree_benchmarks.ipynb #dc3b91a4
@@ -89,17 +90,12 @@ def tree_step(side: str, width: int, batch: int = BATCH):
     return step
 
 # %% ../../nbs/evaluation/tree_benchmarks.ipynb #68b10d52
-def _memory(name: str) -> int:
-    "A line of /proc/self/status, in KiB."
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(name))
-
 def _measure_memory(side: str, width: int, batch: int) -> float:
     Path("/proc/self/clear_refs").write_text("5")   # the peak begins anew
-    before = _memory("VmRSS")
+    before = process_memory("VmRSS")
     step = tree_step(side, width, batch)
     for _ in range(3): step()
-    return (_memory("VmHWM") - before) / 1024
+    return (process_memory("VmHWM") - before) / 1024
 
 def peak_memory(side: str, width: int, batch: int = BATCH) -> float | None:
     """Peak memory in MiB of a process of its own that makes one side and takes three steps, above

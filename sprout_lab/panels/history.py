@@ -164,9 +164,9 @@ class RunList(_RunBox):
                  on_change=lambda: None):
         self.root, self.family, self.on_change = root, family, on_change
         self.handling, self.sure = threading.RLock(), None
-        todo = {"Continue": lambda runs, folder: on_continue(folder), "Rename": _rename,
-                "Note": _note, "Delete": _delete}
-        actions = {name: functools.partial(self.do, action) for name, action in todo.items()}
+        commands = {"Continue": lambda runs, folder: on_continue(folder), "Rename": _rename,
+                    "Note": _note, "Delete": _delete}
+        actions = {name: functools.partial(self.do, act) for name, act in commands.items()}
         super().__init__(actions | {"Refresh": self.refresh})
         self.choice.observe(lambda change: self._show(), "value")
         self.refresh()
