@@ -158,9 +158,9 @@ class BenchServer:
 
 # %% ../../nbs/serving/load.ipynb #b8cfa90d
 def _request(k: int) -> dict:
-    "Request k: 24 to 40 tokens to read, 64 to write."
+    "Request k: 66 tokens to read, 64 to write: the token that would end a text is ruled out."
     return {"prompt": f"{k:04d}: " + "All happy families are alike, " * 2, "max_tokens": 64,
-            "temperature": 1.0}
+            "temperature": 1.0, "logit_bias": {str(ByteTokenizer().eos_token_id): -100}}
 
 def bench_serve(clients=(1, 8, 32, 128), size: str = "nano", output=None, log=print) -> dict:
     """Measure both servers with each number of `clients`; returns the facts by kind and number, and
