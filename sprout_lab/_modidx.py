@@ -6303,6 +6303,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'sprout_lab/visualizers/tree.py'),
                                              'sprout_lab.visualizers.tree._draw_node': ( 'visualizers/tree.html#_draw_node',
                                                                                          'sprout_lab/visualizers/tree.py'),
+                                             'sprout_lab.visualizers.tree._end_of_each': ( 'visualizers/tree.html#_end_of_each',
+                                                                                           'sprout_lab/visualizers/tree.py'),
                                              'sprout_lab.visualizers.tree._figures': ( 'visualizers/tree.html#_figures',
                                                                                        'sprout_lab/visualizers/tree.py'),
                                              'sprout_lab.visualizers.tree._frame_size': ( 'visualizers/tree.html#_frame_size',
