@@ -22,16 +22,14 @@ import yaml
 from latex2mathml.converter import convert
 from nbconvert import MarkdownExporter
 from nbconvert.preprocessors import Preprocessor
-from readme import address, render, root
+from readme import GUIDE_ORDER, address, render, root
 from traitlets.config import Config
 
 ROOMS = {"guides": "Guides", "models": "Models", "data": "Data", "trainers": "Training",
          "evaluation": "Evaluation", "decoding": "Decoding", "serving": "Serving",
          "panels": "Panels", "laboratory": "Laboratory", "visualizers": "Pictures",
          "kernels": "Kernels", "": "The house"}
-# the order of the guides; others follow
-FIRST = ("start", "transformer", "slm", "hnet", "sprout", "mot", "tslm", "compare", "serve",
-         "add_a_family")
+FIRST = ("start", *GUIDE_ORDER)
 STYLE = """
 .md-grid { max-width: 76rem; }
 .md-typeset math { font-family: "Latin Modern Math", "STIX Two Math", "Cambria Math",
