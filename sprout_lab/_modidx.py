@@ -4655,6 +4655,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'sprout_lab/panels/history.py'),
                                            'sprout_lab.panels.history._rename': ( 'panels/history.html#_rename',
                                                                                   'sprout_lab/panels/history.py'),
+                                           'sprout_lab.panels.history._score': ( 'panels/history.html#_score',
+                                                                                 'sprout_lab/panels/history.py'),
                                            'sprout_lab.panels.history._write_output': ( 'panels/history.html#_write_output',
                                                                                         'sprout_lab/panels/history.py'),
                                            'sprout_lab.panels.history.differences': ( 'panels/history.html#differences',

@@ -361,7 +361,8 @@ def test_a_tree_killed_while_it_grows_goes_on_as_the_same_tree(clean):
 
 
 # what the notebook's own cells say of a family, and whether it has ternary weights
-SAID = {"slm": "bits per byte   gzip", "hnet": "bits per byte   gzip", "mot": "bits per byte   gzip",
+SAID = {"slm": "bits per byte   gzip", "hnet": "bits per byte   gzip",
+        "mot": "bits per byte   gzip",
         "tslm": "series exchanged: "}
 TERNARY = {"slm", "hnet"}
 

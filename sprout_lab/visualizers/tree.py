@@ -298,7 +298,8 @@ def plot_destinations(paths, kinds, names=None, title: str | None = None,
     for end, kind in zip(ends.tolist(), routed): shares[rows.index(kind), leaves.index(end)] += 1
     shares /= shares.sum(axis=1, keepdims=True)
     figure, ax = new_figure(2.6 + 0.9 * len(leaves), 1.3 + 0.38 * len(rows), style=style)
-    _heat_map(ax, shares, "share of the kind" if len(routed) == len(kinds) else "share of its tokens")
+    _heat_map(ax, shares,
+              "share of the kind" if len(routed) == len(kinds) else "share of its tokens")
     for (row, column), share in np.ndenumerate(shares):
         _write_on_color(ax, column + 0.5, row + 0.5, f"{share:.0%}", fontsize=8)
     columns = [f"node {leaf}" if names is None else str(names[leaf]) for leaf in leaves]
