@@ -254,6 +254,7 @@ def write_on(writer: Writer, state: DecodingState, started: list[tuple[list[int]
             texts[row][1].append(gain)
             ended = token in writer.ends or len(texts[row][0]) >= writer.longest
             if not ended: going.append(place)
+        if trail is not None and len(going) < len(rows): trail.save(state)
         if not going: return texts
         if len(going) < len(rows):
             writer.engine.select(state, going)
@@ -325,6 +326,7 @@ class Trail:
         self.store, self.depths = store, [leaf.depth for leaf in leaves]
         self.places, self.steps = [leaf.place for leaf in leaves], [{} for _ in leaves]
         self.begun = self.full = False
+        self.rows, self.waiting = [], []   # what was read and not saved yet: a log_probs each step
 
     def read(self, rows: list[int], state: DecodingState, log_probs: torch.Tensor) -> None:
         "Take note of a state whose rows have read one token more; what it begins with is known."
@@ -332,11 +334,21 @@ class Trail:
         self.full = self.full or self.store.kept + log_probs.numel() > self.most
         if self.full or not begun: return
         self.store.kept += log_probs.numel()
-        places = self.store.save(state, [self.places[row] for row in rows])
-        for row, place, log_p in zip(rows, places, log_probs):
-            self.depths[row] += 1
-            self.places[row] = place
-            self.steps[row][self.depths[row]] = place, log_p
+        self.rows = rows
+        self.waiting.append(log_probs)
+        if not self.store.saves_many: self.save(state)
+
+    def save(self, state: DecodingState) -> None:
+        "Save what was read since the last time, before a row of it goes."
+        waiting, self.waiting = self.waiting, []
+        if not waiting: return
+        before = [self.places[row] for row in self.rows]
+        for place, (row, last) in enumerate(zip(self.rows, self.store.save(state, before,
+                                                                           len(waiting)))):
+            self.places[row], known = last, len(last) - len(waiting)
+            for step, log_probs in enumerate(waiting, 1):
+                self.depths[row] += 1
+                self.steps[row][self.depths[row]] = last[:known + step], log_probs[place]
 
 # %% ../../nbs/decoding/search.ipynb #fe57dd1b
 _RULES = {"mcts": ("uct", "mean"), "dts": ("boltzmann", "soft"), "dts*": ("uct", "soft"),
