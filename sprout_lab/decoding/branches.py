@@ -14,6 +14,8 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from ..configs import ConfigError
+from ..data.series import SeriesSample
+from .answers import prefill_samples
 from .engine import DecodingState, Engine, new_cache
 from ..kernels.decode import can_decode_step
 from ..models.cache import (
@@ -55,9 +57,13 @@ class MeteredEngine(Engine):
         self.cost.seconds = time.perf_counter() - self._begun
         return state
 
-    def read_prompt(self, prompt, capacity: int, inputs: dict | None = None) -> DecodingState:
-        """The state after one prompt: a list of ids, or embeddings `(1, length, hidden_size)`."""
-        if torch.is_tensor(prompt): state = self.prefill_embeds(prompt, capacity, inputs)
+    def read_prompt(self, prompt, capacity: int, inputs: dict | None = None,
+                    tokenizer=None) -> DecodingState:
+        """The state after one prompt: a list of ids, embeddings `(1, length, hidden_size)`, or a
+        `SeriesSample`, which needs the `tokenizer`."""
+        if isinstance(prompt, SeriesSample):
+            state = prefill_samples(self, [prompt], tokenizer, capacity)
+        elif torch.is_tensor(prompt): state = self.prefill_embeds(prompt, capacity, inputs)
         else: state = self.prefill([prompt], capacity, inputs=inputs)
         self.cost.forward_calls += 1
         self.cost.prefix_tokens += state.longest

@@ -608,7 +608,8 @@ def _run_c(x, table, layers, num_heads, past, cos_sin, half, norm, eps, mask, la
     shared = [None if t is None else t.contiguous() for t in shared]
     cos, sin, mask, last_norm = (None if t is None else t.data_ptr() for t in shared)
     _c_function()(x.data_ptr(), table, len(layers), batch, width, num_heads, kv_heads, ff, past,
-                  first.prefix, capacity, cos, sin, tables, half, _NORMS[norm], eps, mask, past + 1, last_norm,
+                  first.prefix, capacity, cos, sin, tables, half, _NORMS[norm], eps, mask, past + 1,
+                  last_norm,
                   scratch.data_ptr())
     return x
 

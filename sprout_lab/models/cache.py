@@ -200,7 +200,7 @@ class KeyValueCache(Cache):
         for layer in self.layers: layer.trim(columns)
         return self
 
-# %% ../../nbs/models/cache.ipynb #cd53b78c
+# %% ../../nbs/models/cache.ipynb #c9df796d
 class PrefixedLayer(KeyValueLayer):
     """A layer whose `rows` begin with the same columns, `keys` and `values` `(1, kv_heads, prefix,
     head_dim)`, and have room for `capacity` of their own. `length` counts a row's own."""
@@ -213,6 +213,9 @@ class PrefixedLayer(KeyValueLayer):
 
     def get_seq_length(self) -> int:
         return self.length + (0 if self.prefix_keys is None else self.prefix_keys.shape[2])
+
+    def get_mask_sizes(self, query_length: int) -> tuple:
+        return self.get_seq_length() + query_length, 0
 
     def update(self, key_states, value_states, *args, **kwargs):
         "Append `(rows, kv_heads, new, head_dim)`; returns all columns, the prefix with them."
@@ -227,7 +230,7 @@ class PrefixedLayer(KeyValueLayer):
         self.prefix_keys, self.prefix_values, self.length = None, None, whole[0].shape[2]
         _fill_new(self, whole, self.capacity)
 
-# %% ../../nbs/models/cache.ipynb #4c3ee817
+# %% ../../nbs/models/cache.ipynb #fd6c9647
 class PrefixedCache(Cache):
     """The keys and values of all layers after one prompt, for `rows` texts. `prefix`: for each
     layer the prompt's keys and values, `(1, kv_heads, prefix, head_dim)`; `capacity`: columns to
