@@ -308,6 +308,14 @@ def test_every_causal_family_is_searched(family):
     assert found.cost.tokens_evaluated <= 12 * 5
 
 
+def test_cached_is_uncached_without_kernels(monkeypatch):
+    "As on a machine without a compiler: torch's attention takes the prompt's columns along."
+    monkeypatch.setattr("sprout_lab.kernels.decode.load_c", lambda *_: None)
+    assert walk_in_random_order(tiny()) < 1e-4
+    model = tiny().double()
+    assert walk_in_random_order(model) < 1e-9
+
+
 @pytest.mark.parametrize("kind", ("llama", "gpt2", "sliding"))
 def test_models_of_transformers_are_searched(kind, tokenizer):
     from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM

@@ -17,7 +17,6 @@ from ..configs import ConfigError
 from ..data.series import SeriesSample
 from .answers import prefill_samples
 from .engine import DecodingState, Engine, new_cache
-from ..kernels.decode import can_decode_step
 from ..models.cache import (
     KeyValueCache, KeyValueLayer, PrefixedCache, append_columns)
 from ..models.recurrent import RecurrentCache
@@ -83,16 +82,9 @@ class ColumnStore:
         self.prompt = [[t.contiguous() for t in pair]
                        for pair in _columns(root.cache, 0, root.longest)]
         # … and those of what follows, (size, kv_heads, head_dim) each
-        self.tables = [[self._grown(t[0, :, :0].transpose(0, 1)) for t in pair]
+        self.tables = [[_grown(t[0, :, :0].transpose(0, 1), self.size) for t in pair]
                        for pair in self.prompt]
-        kept_in_float32 = all(t.dtype == torch.float32 for pair in self.prompt for t in pair)
-        self.shares = (type(root.cache) is KeyValueCache and self.device.type == "cpu"
-                       and kept_in_float32 and can_decode_step())
-
-    def _grown(self, columns):
-        table = columns.new_zeros(self.size, *columns.shape[1:])
-        table[:len(columns)] = columns
-        return table
+        self.shares = type(root.cache) is KeyValueCache
 
     def save(self, state: DecodingState, parents: list[tuple], count: int = 1) -> list[tuple]:
         """The places of a state's rows after their last `count` tokens; `parents`: their places
@@ -102,7 +94,7 @@ class ColumnStore:
         self.used += rows * count
         if self.used > self.size:
             self.size = 2 * self.used
-            self.tables = [[self._grown(t) for t in pair] for pair in self.tables]
+            self.tables = [[_grown(t, self.size) for t in pair] for pair in self.tables]
         for tables, pair in zip(self.tables, _columns(state.cache, -count, count)):
             for table, new in zip(tables, pair):                              # (rows, heads, n, D)
                 table[start:self.used].unflatten(0, (rows, count)).copy_(new.transpose(1, 2))
@@ -112,9 +104,7 @@ class ColumnStore:
     def load(self, places: list[tuple]) -> DecodingState:
         "A state with a row per place, without logits: they come with its next token."
         rows, longest = len(places), max(map(len, places))
-        index = torch.zeros(rows, longest, dtype=torch.long, device=self.device)
-        for row, place in enumerate(places):
-            if place: index[row, longest - len(place):] = torch.tensor(place, device=self.device)
+        index = _right_aligned(places, longest).to(self.device)               # (rows, n)
         room = max(self.capacity, self.prefix + longest)
         if self.shares: cache = PrefixedCache(self.prompt, rows, room - self.prefix)
         else: cache = new_cache(self.engine.model, rows, room)
@@ -122,17 +112,7 @@ class ColumnStore:
             own = [t[index].transpose(1, 2) for t in tables]                  # (rows, heads, n, D)
             if self.shares: append_columns(cache.layers[layer], *own)
             else: cache.update(*_behind(prompt, own), layer)
-        return self._with_mask(cache, places, longest, room)
-
-    def _with_mask(self, cache, places, longest: int, room: int) -> DecodingState:
-        own = torch.tensor([len(place) for place in places], device=self.device)
-        width, mask = self.prefix + longest, None
-        if int(own.min()) < longest:   # behind the prompt, so that it stands alike in all rows
-            behind = torch.arange(room, device=self.device) - self.prefix
-            mask = (behind < 0) | (behind >= (longest - own)[:, None])
-        nothing = torch.empty(len(places), 0, device=self.device)
-        inputs = _rows_of(self.inputs, len(places))
-        return DecodingState(nothing, self.prefix + own, cache, mask, width, width, inputs)
+        return _masked_state(self, cache, places, longest, room)
 
 # %% ../../nbs/decoding/branches.ipynb #4c46f38f
 def _columns(cache, start: int, count: int = 1):
@@ -142,9 +122,32 @@ def _columns(cache, start: int, count: int = 1):
         begin = start % pair[0].shape[2]
         yield [t.narrow(2, begin, count) for t in pair]
 
+def _grown(columns, size: int):
+    "Columns `(n, heads, dim)` at the beginning of a table of `size`."
+    table = columns.new_zeros(size, *columns.shape[1:])
+    table[:len(columns)] = columns
+    return table
+
 def _behind(prompt, own) -> list:
     "Columns `(rows, heads, n, dim)` behind those of one prompt."
     return [torch.cat([t.expand(len(new), -1, -1, -1), new], 2) for t, new in zip(prompt, own)]
+
+# %% ../../nbs/decoding/branches.ipynb #4be72ce5
+def _right_aligned(places: list[tuple], longest: int) -> torch.Tensor:
+    "Places as rows of one length, zeros before them, `(rows, longest)`."
+    return torch.tensor([[0] * (longest - len(place)) + list(place) for place in places],
+                        dtype=torch.long).view(len(places), longest)
+
+def _masked_state(store: ColumnStore, cache, places, longest: int, room: int) -> DecodingState:
+    "The state of a loaded cache; shorter places are padded behind the prompt, alike in all rows."
+    own = torch.tensor([len(place) for place in places], device=store.device)
+    width, mask = store.prefix + longest, None
+    if int(own.min()) < longest:
+        behind = torch.arange(room, device=store.device) - store.prefix
+        mask = (behind < 0) | (behind >= (longest - own)[:, None])
+    nothing = torch.empty(len(places), 0, device=store.device)
+    inputs = _rows_of(store.inputs, len(places))
+    return DecodingState(nothing, store.prefix + own, cache, mask, width, width, inputs)
 
 def _rows_of(inputs: dict | None, rows: int) -> dict | None:
     "The inputs of one prompt, for each of so many rows."
@@ -202,8 +205,8 @@ def _picked(inputs: dict | None, index) -> dict | None:
 
 # %% ../../nbs/decoding/branches.ipynb #532353f5
 def make_store(engine: Engine, root: DecodingState, capacity: int) -> ColumnStore | RowStore:
-    """The store that fits a model's cache, holding the prompt. `capacity`: tokens of a text at most,
-    prompt included."""
+    """The store that fits a model's cache, holding the prompt. `capacity`: tokens of a text at
+    most, prompt included."""
     cache, kinds = root.cache, (KeyValueLayer, DynamicLayer)
     plain = type(cache) in (KeyValueCache, DynamicCache)
     if plain and all(type(layer) in kinds for layer in cache.layers):

@@ -42,6 +42,7 @@ def _llguidance():
                           "installs it") from None
     return llguidance
 
+# %% ../../nbs/decoding/masks.ipynb #e779ad29
 class TokenMask:
     "The texts of one grammar, in `llguidance`'s form, for a tokenizer; see `regex_mask`."
 

@@ -81,8 +81,9 @@ class SearchConfig(Settings):
 # %% ../../nbs/decoding/search.ipynb #32ce24ab
 @dataclass
 class Prompt:
-    """What is continued. `read`: ids, embeddings `(1, length, hidden_size)` or a `SeriesSample`, for
-    the engine; `text`: what the reward is told; `context`: ids whose text a completion goes on from."""
+    """What is continued. `read`: ids, embeddings `(1, length, hidden_size)` or a `SeriesSample`,
+    for the engine; `text`: what the reward is told; `context`: ids whose text a completion goes on
+    from."""
     read: object
     text: object
     context: list[int]
@@ -246,9 +247,10 @@ def _check_room(limit: int | None, length: int, config: SearchConfig) -> None:
 # %% ../../nbs/decoding/search.ipynb #1b68d5ff
 def write_on(writer: Writer, state: DecodingState, started: list[tuple[list[int], list[float]]],
              temperature: float | None = None, trail=None, lookahead=None) -> list:
-    """Write the rows of `state` to their ends: an end token, or `max_new_tokens`. `started`: (ids, log
-    p of each) of every row since the prompt; what comes back are those, finished. `lookahead(writer,
-    state, log_probs)`: a choice that reads on as it chooses; the state and the tokens `(rows,)`."""
+    """Write the rows of `state` to their ends: an end token, or `max_new_tokens`. `started`: (ids,
+    log p of each) of every row since the prompt; what comes back are those, finished.
+    `lookahead(writer, state, log_probs)`: a choice that reads on as it chooses; the state and the
+    tokens `(rows,)`."""
     temperature = writer.config.temperature if temperature is None else temperature
     texts, rows = [(list(ids), list(row)) for ids, row in started], list(range(len(started)))
     mask = None if writer.mask is None else writer.mask.rows(len(rows), writer.ends)
@@ -527,16 +529,16 @@ def _towards(root: Node, completion: Completion | None) -> Node:
 def search(model, tokenizer, prompt, reward=None, config: SearchConfig | None = None, *,
            model_inputs: dict | None = None, prompt_text=None, value_head=None, mask=None,
            watch=None, **settings) -> SearchResult:
-    """Continue `prompt` (a text, ids, `inputs_embeds`, or a `SeriesSample`) by a search for a high `reward(prompt,
-    completion)`. `settings`: those of `SearchConfig`. `model_inputs`: further arguments of every
-    forward, tensors with one row; `prompt_text`: what the reward is told instead of the prompt;
-    `value_head`: guides the rollouts of s-adt; `mask`: a `TokenMask` of what greedy, sample and
+    """Continue `prompt` (a text, ids, `inputs_embeds`, or a `SeriesSample`) by a search for a high
+    `reward(prompt, completion)`. `settings`: those of `SearchConfig`. `model_inputs`: further
+    arguments of every forward, tensors with one row; `prompt_text`: what the reward is told instead
+    of the prompt; `value_head`: guides the rollouts of s-adt; `mask`: a `TokenMask` of what greedy, sample and
     best_of_n may write; `watch(frame)`: is shown the tree after every batch.
     Ctrl-C ends the search with the best completion so far."""
     values = {} if config is None else config.model_dump()
     stop = settings.get("stop")
-    if isinstance(stop, str): settings = {**settings, "stop": [stop]}
-    config = SearchConfig(**{**values, **settings})
+    if isinstance(stop, str): settings["stop"] = [stop]
+    config = SearchConfig(**(values | settings))
     method = method_named(config.method)
     reward = _reward_for(method, reward)
     if mask is not None: _check_masked(method)

@@ -485,6 +485,7 @@ def _check_column(past: int, layer: DecodeLayer) -> None:
     if first <= past < first + capacity: return
     raise IndexError(f"past={past}: the cache has the columns {first} to {first + capacity - 1}")
 
+# %% ../../nbs/kernels/decode.ipynb #46d10dd5
 def _check_layer(layer: DecodeLayer, x: Tensor, num_heads: int, past: int, norm: str) -> None:
     (batch, width), head_dim = x.shape, x.shape[1] // num_heads
     meaning = f"({batch}, kv_heads, capacity, {head_dim})"
