@@ -36,6 +36,8 @@ def family_of(name): return name.partition(" ")[0]
 
 
 WAYS = [(name, mode) for name in SHAPES for mode in families[family_of(name)].parallel]
+# the Transformer's other ways are tests/test_parallel.py
+DATA_AND_MORE = [*((name, "data") for name in SHAPES), ("slm", "sharded")]
 
 WORKER = """
 import json, sys, torch.distributed as dist
@@ -81,19 +83,21 @@ def together(folder, processes, *jobs):
 def losses(folder): return read_log(Run(folder).training_log)["loss"][:20]
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_the_first_twenty_losses_are_those_of_one_process(tmp_path, processes):
-    "Slow with four processes on two cores."
+@pytest.mark.parametrize("processes, ways", [
+    (2, DATA_AND_MORE), pytest.param(2, WAYS, marks=pytest.mark.slow),
+    pytest.param(4, WAYS, marks=pytest.mark.slow)], ids=["2", "2-every-way", "4-every-way"])
+def test_the_first_twenty_losses_are_those_of_one_process(tmp_path, processes, ways):
+    "Slow in every way, and with four processes on two cores."
+    folder = tmp_path / "several"
     together(tmp_path, processes,
-             *((family_of(name), settings(name, tmp_path / f"{name}-{mode}", parallel=mode))
-               for name, mode in WAYS))
-    for name in SHAPES:
-        one = losses(alone(name, tmp_path / name).folder)
-        for mode in families[family_of(name)].parallel:
-            several = losses(tmp_path / f"{name}-{mode}")
-            assert len(several) == 20
-            apart = max(abs(a - b) for a, b in zip(one, several))
-            assert apart < 1e-5, (name, mode, apart)
+             *((family_of(name), settings(name, folder / f"{name}-{mode}", parallel=mode))
+               for name, mode in ways))
+    one = {name: losses(alone(name, tmp_path / name).folder) for name in SHAPES}
+    for name, mode in ways:
+        found = losses(folder / f"{name}-{mode}")
+        assert len(found) == 20
+        apart = max(abs(a - b) for a, b in zip(one[name], found))
+        assert apart < 1e-5, (name, mode, apart)
 
 
 @pytest.mark.slow
