@@ -124,9 +124,9 @@ def test_what_is_missing_is_said_at_once(monkeypatch, capsys):
 
 
 def test_a_bare_machine_is_told_within_a_second():
-    "`-S`: Python without any package. A second of processor time, on whatever else is running."
+    "`-IS`: Python without any package. A second of processor time, on whatever else is running."
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    said = subprocess.run([sys.executable, "-S", "tools/gpu.py"], cwd=root, capture_output=True,
+    said = subprocess.run([sys.executable, "-IS", "tools/gpu.py"], cwd=root, capture_output=True,
                           text=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert said.returncode == 2 and said.stderr.startswith("missing: torch, transformers")
