@@ -252,6 +252,9 @@ class OpenTSLM(ModelCardMixin, PreTrainedModel, CausalGenerationMixin):
     config_class = TSLMConfig
     objective = "series"
     supports_gradient_checkpointing = True
+    # our Transformer and Hugging Face's Llamas keep their blocks at the same place
+    parallel_plan = dict(blocks="language_model.model.layers",
+                         not_tensor="its language model may be anyone's")
     _supports_sdpa = True
     _skip_keys_device_placement = ["past_key_values"]
 
