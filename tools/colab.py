@@ -1,5 +1,6 @@
-"""colab/<family>.ipynb for every family of the register, from tools/colab_template.ipynb. `--check`
-only says whether they are in step.
+"""colab/<family>.ipynb for every family of the register, from tools/colab_template.ipynb, and
+colab/compare.ipynb from tools/colab_compare_template.ipynb. `--check` only says whether they are in
+step.
 
 A cell of the template stands in every notebook, unless a tag says otherwise: `objective:NAME` for
 families of that objective, `picture:NAME` for families that
@@ -20,6 +21,10 @@ from sprout_lab.families import SIZES, families
 from sprout_lab.objectives import FillsGaps, get_objective
 
 TEMPLATE = root / "tools" / "colab_template.ipynb"
+COMPARE = root / "tools" / "colab_compare_template.ipynb"
+
+
+NOTEBOOKS = (*families, "compare")
 
 
 def own_settings(family) -> dict[str, str]:
@@ -52,6 +57,23 @@ def words_of(family) -> dict[str, str]:
             "own_words": f" The family's own:\n{listed}." if own else ""}
 
 
+def colab_links() -> dict[str, str]:
+    "Each family's notebook as a link that opens it in Colab."
+    where = address()
+    colab = "https://colab.research.google.com/github/"
+    colab += f"{where['user']}/{where['repo']}/blob/{where['branch']}/colab"
+    return {name: f"[{family.title}]({colab}/{name}.ipynb)" for name, family in families.items()}
+
+
+def comparison_facts() -> dict[str, str]:
+    "What the places stand for in the notebook that compares all families."
+    sizes = [size for size in SIZES if all(size in f.presets for f in families.values())]
+    return {**address(), "name": "compare", "size_menu": json.dumps(sizes),
+            "corpus_menu": json.dumps(list(corpora)), "families": ", ".join(families),
+            "corpora": ", ".join(f"`{corpus}`" for corpus in corpora),
+            "links": f"- One family alone: {', '.join(colab_links().values())}"}
+
+
 def facts(name: str) -> dict[str, str]:
     "What the template's places stand for, for a family."
     family, where = families[name], address()
@@ -64,10 +86,7 @@ def facts(name: str) -> dict[str, str]:
     sets = list(corpora if reads_text else series_sets)
     listed = ", ".join(f"`{corpus}`" for corpus in sets)
     own_file = ", or the path of a text file that you have uploaded" if reads_text else ""
-    colab = "https://colab.research.google.com/github/"
-    colab += f"{where['user']}/{where['repo']}/blob/{where['branch']}/colab"
-    others = [f"[{other.title}]({colab}/{key}.ipynb)" for key, other in families.items()
-              if key != name]
+    others = [link for key, link in colab_links().items() if key != name]
     links.append(f"- The same with another family: {', '.join(others)}")
     grows = "growth_warmup" in family.config_class.settings.model_fields
     return {
@@ -121,8 +140,16 @@ def wrapped(text: str, width: int = 100) -> str:
 
 def notebook(name: str) -> str:
     "The text of colab/<name>.ipynb."
-    places, cells = facts(name), []
-    for number, (cell, more) in enumerate(cells_of(families[name])):
+    if name == "compare":
+        plain = [(cell, {}) for cell in json.loads(COMPARE.read_text(encoding="utf-8"))["cells"]]
+        return filled(comparison_facts(), plain)
+    return filled(facts(name), cells_of(families[name]))
+
+
+def filled(places: dict[str, str], chosen: list[tuple[dict, dict]]) -> str:
+    "A notebook of cells with what their places stand for."
+    cells = []
+    for number, (cell, more) in enumerate(chosen):
         text = "".join(cell["source"])
         for place, value in {**places, **more}.items():
             text = text.replace("{{" + place + "}}", value)
@@ -137,7 +164,7 @@ def notebook(name: str) -> str:
 def out_of_step() -> list[str]:
     """The notebooks in colab/ that are not what the template says: missing, different, or of no
     family."""
-    made = {f"{name}.ipynb": notebook(name) for name in families}
+    made = {f"{name}.ipynb": notebook(name) for name in NOTEBOOKS}
     there = {path.name: path.read_text(encoding="utf-8")
              for path in (root / "colab").glob("*.ipynb")}
     return sorted(name for name in {*made, *there} if made.get(name) != there.get(name))
@@ -149,7 +176,7 @@ if __name__ == "__main__":
         if names: sys.exit(f"not what the template says (run tools/colab.py): {names}")
     else:
         (root / "colab").mkdir(exist_ok=True)
-        for name in families:
+        for name in NOTEBOOKS:
             (root / "colab" / f"{name}.ipynb").write_text(notebook(name), encoding="utf-8")
         for path in (root / "colab").glob("*.ipynb"):
-            if path.stem not in families: path.unlink()
+            if path.stem not in NOTEBOOKS: path.unlink()
