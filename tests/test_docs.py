@@ -103,6 +103,17 @@ def test_formulas_have_no_tex_left(site):
             assert "\\" not in words, f"{path.name}: {words[:80]}"
 
 
+def test_a_formula_is_set_by_the_signs_of_its_widest_line(docs, site):
+    "So that it is whole on a narrow page: the page divides its width by that number."
+    assert docs.signs(r"h_t = f_t \odot h_{t-1}") == 10
+    assert docs.signs(r"\frac{\partial L}{\partial i_t} = \delta_t") == len("xit") + len("=xt")
+    assert docs.signs(r"\text{clamp}(x)\quad\cos y") == len("clamp(x)xxcosy")
+    for path in site.rglob("*.html"):
+        text = path.read_text(encoding="utf-8")
+        blocks = len(re.findall(r'<math[^>]*display="block"', text))
+        assert blocks == len(re.findall(r'<div class="formula" style="--signs: \d+">', text)), path
+
+
 def test_it_has_a_dark_form_a_way_on_and_a_logo(site):
     page = (site / "guides/slm.html").read_text(encoding="utf-8")
     assert ('data-md-color-scheme="slate"' in page and "md-footer__link--next" in page

@@ -37,7 +37,7 @@ STYLE = """
 .md-typeset .formula { container-type: inline-size; }
 /* as large as there is room for all of its signs, and whole on a telephone, too */
 .md-typeset math[display="block"] { margin: .6em 0; padding: .4em 0;
-                                    font-size: clamp(.45em, 100cqi / (.8 * var(--signs)), 1.1em);
+                                    font-size: clamp(.38em, 100cqi / (.84 * var(--signs)), 1.1em);
                                     overflow: auto hidden; max-width: 100%; }
 .md-typeset pre > code { font-size: .66rem; }
 .md-typeset .output { margin: -.4em 0 1.4em; padding: 0 .8em; overflow-x: auto;
@@ -359,6 +359,7 @@ def signs(tex: str) -> int:
     longer = lambda fraction: max(fraction[1], fraction[2], key=len)
     tex = re.sub(r"\\q?quad|&", "xx", re.sub(r"\\(?:left|right|,|;|!)", "", tex))
     tex = re.sub(r"\\(?:text|mathrm|mathbf|operatorname|bar|hat|tilde)\b", "", tex)
+    tex = re.sub(r"\\(cos|sin|max|min|exp|log|ln|tanh)(?![a-zA-Z])", r" \1 ", tex)
     tex = re.sub(r"\\[a-zA-Z]*frac\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}",
                  longer, tex)
     return len(re.sub(r"[{}_^\s]", "", re.sub(r"\\[a-zA-Z]+|\\.", "x", tex)))

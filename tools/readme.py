@@ -1,5 +1,6 @@
 """README.md from nbs/index.ipynb: hidden cells dropped, text outputs as code, `{families}` as the
-table of the register, `{guides}` as that of the guides with their times. `--check` only says whether they are in step."""
+table of the register, `{guides}` as that of the guides with their times. `--check` only says
+whether they are in step."""
 import json
 import re
 import sys
@@ -44,6 +45,8 @@ def families_table() -> str:
 def guides_table() -> str:
     "The guides, each with its subtitle and the processor time that its last measured run took."
     from guide_times import GUIDES, read_times
+
+    from sprout_lab.panels.live import time_words
     times, rows = read_times(), ["| guide | | processor time |", "|---|---|--:|"]
     place = {name: number for number, name in enumerate(GUIDE_ORDER)}
     there = sorted(GUIDES.glob("*.ipynb"), key=lambda p: (place.get(p.stem, len(place)), p.stem))
@@ -52,7 +55,7 @@ def guides_table() -> str:
         title = next(line for line in first if line.startswith("# "))[2:].strip()
         said = "".join(first).partition("\n> ")[2].partition("\n\n")[0].replace("\n> ", " ")
         seconds = times.get(path.stem, {}).get("cpu_seconds")
-        took = f"{int(seconds) // 60} min {int(seconds) % 60:02d} s" if seconds else "not measured"
+        took = time_words(int(seconds)) if seconds else "not measured"
         words = " ".join(said.split())
         rows.append(f"| [{title}](guides/{path.name}) | {words} | {took} |")
     return "\n".join(rows)
@@ -68,11 +71,12 @@ def render() -> str:
             parts.append(source)
             continue
         parts.append(f"```python\n{source}\n```")
+        printed = ""   # what was printed piece by piece is one block
         for output in cell.get("outputs", []):
-            text = output.get("text") or output.get("data", {}).get("text/plain", [])
+            printed += "".join(output.get("text") or output.get("data", {}).get("text/plain", []))
             markdown = output.get("data", {}).get("text/markdown")
             if markdown: parts.append("".join(markdown).strip())
-            elif text: parts.append(f"```text\n{''.join(text).rstrip()}\n```")
+        if printed: parts.append(f"```text\n{printed.rstrip()}\n```")
     text = "\n\n".join(parts) + "\n"
     for place, table in (("{families}", families_table), ("{guides}", guides_table)):
         if place in text: text = text.replace(place, table())
