@@ -507,3 +507,70 @@ def test_stop_answers_and_a_reloaded_page_finds_its_run(lab, window):
     page.until(lambda: page.step() > seen, what="progress after the reload")
     page.button("Stop").click()
     page.until_state("stopped")
+
+
+ROOMS = """from sprout_lab.families import configure, make_trainer
+from sprout_lab.panels import ask, compare, playground, replay
+small = dict(hidden_size=32, sequence_length=32, batch_size=4, warmup_steps=2, eval_interval=10,
+             eval_batches=1, final_eval_batches=1, log_interval=5, sample_tokens=0,
+             tensorboard=False, device="cpu")
+for name, family, own in [("slow", "transformer", dict(learning_rate=0.001)),
+                          ("fast", "transformer", dict(learning_rate=0.01)),
+                          ("tree", "sprout", dict(growth_warmup=5, growth_interval=5, max_nodes=3))]:
+    run = configure(family, {**small, **own, "max_steps": 20, "output_dir": f"rooms/{name}"})
+    make_trainer(run, log=lambda words: None).train()
+print("trained")"""
+
+
+@pytest.mark.slow   # trains three runs and walks through four rooms: a minute for each width
+@pytest.mark.parametrize("size", [(1280, 800), (1920, 1080)])
+def test_the_other_rooms(window, size):
+    page = window(f"rooms{size[0]}", ROOMS, "c = compare('rooms')\nc",
+                  "c.choose(['slow', 'fast', 'tree'])", "playground('rooms/tree')",
+                  "ask('rooms/tree')", "replay('rooms/tree')", size=size, files=True)
+    page.run_cell(0)
+    page.page.wait_for_selector("text=/^trained/", timeout=240_000)
+    cells = page.page.locator(".jp-CodeCell")
+    # compare: something is chosen at the start, runs are told apart, units have rows of their own
+    page.run_cell(1)
+    menu = cells.nth(1).locator("select")
+    texts = "menu => [...menu.{}].map(option => option.text.replaceAll('\xa0', ' '))"
+    page.until(lambda: menu.count() and menu.evaluate(texts.format("selectedOptions")),
+               what="a choice")
+    chosen = menu.evaluate(texts.format("selectedOptions"))
+    assert len({"hidden token" in name for name in chosen}) == 1, "runs of one unit"
+    assert any("nats per hidden token" in name for name in menu.evaluate(texts.format("options")))
+    page.run_cell(2)
+    curves = cells.nth(1).locator(".jp-OutputArea svg[viewBox]")
+    page.until(lambda: curves.count() == 4, what="two pictures for each of two units")
+    boxes = [curve.bounding_box() for curve in curves.all()]
+    assert max(b["width"] for b in boxes) - min(b["width"] for b in boxes) < 3, boxes
+    assert boxes[0]["y"] == boxes[1]["y"] < boxes[2]["y"] == boxes[3]["y"]
+    said = cells.nth(1).locator(".jp-OutputArea").first.inner_text()
+    assert "best bits per byte" in said and "best nats per hidden token" in said
+    drawn = " ".join(curve.evaluate("node => node.outerHTML") for curve in curves.all())
+    assert "learning_rate=0.001" in drawn and "learning_rate=0.01" in drawn
+    rows = [row.split("\t")[1:] for row in cells.nth(1).locator("table tr").all_inner_texts()]
+    assert len(rows) > 4 and all(set(map(str.strip, row)) - {"", "-", "–", "—"} for row in rows)
+    # a masked model's playground: gaps filled, surprise shaded, in its own unit
+    page.run_cell(3)
+    page.page.wait_for_selector('button.widget-button[title="Fill"]', timeout=60_000)
+    page.button("Fill").click()
+    guesses = cells.nth(3).locator(".guess")
+    page.until(lambda: guesses.count() >= 1, what="a filled gap")
+    words = cells.nth(3).locator(".jp-OutputArea").first.inner_text()
+    assert "pseudo bits per byte" in words and "8 bits of surprise" in words
+    # ask: both pictures beside each other, inside the window
+    page.run_cell(4)
+    shown = cells.nth(4).locator(".jp-OutputArea svg[viewBox]")
+    page.until(lambda: shown.count() == 2, what="a tree and an attention")
+    way, looked = (picture.bounding_box() for picture in shown.all())
+    cells.nth(4).locator("input[type=text]").scroll_into_view_if_needed()
+    page.picture(f"ask_{size[0]}")
+    assert way["x"] + way["width"] <= looked["x"] and looked["x"] + looked["width"] <= size[0]
+    # replay begins with the last moment
+    page.run_cell(5)
+    slider = cells.nth(5).locator("input[type=range]")
+    page.until(lambda: slider.count() == 1, what="the replay")
+    assert slider.evaluate("node => node.value === node.max && Number(node.max) > 0")
+    page.picture(f"rooms_{size[0]}")

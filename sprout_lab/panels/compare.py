@@ -118,13 +118,14 @@ def comparison_html(folders) -> str:
 # %% ../../nbs/panels/compare.ipynb #aae92c8e
 def comparison_figures(folders, x: str = "tokens", style: str = "light") -> dict[str, Figure]:
     "Curves of some runs, a figure for each unit: unit → figure; `x` is tokens, seconds or step."
-    by_unit: dict[str, dict] = {}
-    for name, folder in telling_names(folders).items():
+    by_unit: dict[tuple, dict] = {}
+    for folder in map(Path, folders):
         record = read_record(folder)
-        by_unit.setdefault((record.unit, record.metric),
-                           {})[name] = logs_with(record, record.metric)
+        by_unit.setdefault((record.unit, record.metric), {})[folder] = record
     figures = {}
-    for (unit, metric), runs in by_unit.items():
+    for (unit, metric), records in by_unit.items():
+        names = telling_names(records)   # of those that stand in one picture
+        runs = {name: logs_with(records[folder], metric) for name, folder in names.items()}
         figures[unit] = plot_bits_per_byte(runs, x=x, metric=metric, style=style)
         figures[unit].axes[0].set_ylabel(unit, fontsize=10)
     return figures
