@@ -636,6 +636,11 @@ def _ablate_command(config, output_dir, settings, quiet):
     click.echo(str(run_ablation(config, output_dir, flags, log=_log(quiet))))
 
 # %% ../nbs/cli.ipynb #110697f3
+def _from_here(path: Path) -> Path:
+    "A path as one would type it: relative, where it lies below the working folder."
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
+
 @cli.command("draw", cls=Loading, reads="run")
 @click.argument("run", metavar="RUN")
 @click.argument("picture", metavar="[PICTURE]", nargs=-1)
@@ -648,8 +653,10 @@ def _ablate_command(config, output_dir, settings, quiet):
 def _draw_command(run, picture, text, output, style, quiet):
     "Draw a trained model: all of its family's pictures, or those that are named."
     from sprout_lab.families import draw_pictures
-    for path in draw_pictures(run, picture, text=text, output=output, style=style, log=_log(quiet)):
-        click.echo(path)
+    from sprout_lab.progress import without_progress
+    with without_progress(quiet):
+        paths = draw_pictures(run, picture, text=text, output=output, style=style, log=_log(quiet))
+    for path in paths: click.echo(_from_here(path))
 
 # %% ../nbs/cli.ipynb #a9d38d9e
 @cli.group("import")
