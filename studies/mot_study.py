@@ -271,7 +271,7 @@ def find_judge():
 def creativity(corpus: Corpus, seeds: int) -> dict:
     tales, tokenizer, points = Corpus(("tales",)), ByteTokenizer(), []
     judge_name, judge = find_judge()
-    asked = dict(prompts=PROMPTS, judge=judge, samples=5, length=120)
+    asked = dict(prompts=PROMPTS, judge=judge, samples=4, length=100)
     mean = lambda scores: statistics.fmean(scores.values())
     scores = []
     for seed in range(seeds):
@@ -289,7 +289,7 @@ def creativity(corpus: Corpus, seeds: int) -> dict:
                 torch.manual_seed(seed)
                 with noise(kind, models["mixture"], level):
                     texts = diversity.sample_at(models["mixture"], tokenizer, PROMPTS,
-                                                "temperature", 0.8, 5, 120, seed)
+                                                "temperature", 0.8, 4, 100, seed)
                 point = diversity.diversity_of(texts, f"creativity {kind}", level, judge, seed)
                 points.append({"model": "mixture", **asdict(point)})
         print(f"seed {seed}: {len(points)} points", flush=True)
