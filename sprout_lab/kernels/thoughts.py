@@ -122,6 +122,10 @@ void gather_X(const float *restrict x, const int64_t *order, const int64_t *bran
     for (int64_t d = 0; d < D; d++) rows[m * D + d] = down_X(row[d]);
   }
 }
+"""
+
+# %% ../../nbs/kernels/thoughts.ipynb #95425766
+_GATHER_BACKWARD_C = r"""
 void gather_backward_X(const float *restrict x, const int64_t *order, const int64_t *branch,
                        const float *restrict gain, const float *restrict freedom,
                        const float *creativity, const float *restrict stats,
@@ -164,6 +168,13 @@ void gather_backward_X(const float *restrict x, const int64_t *order, const int6
 _ACTIVATE_C = r"""
 #define GELU_A 1.595769121605731f
 #define GELU_B 0.071354816272600f
+static void read_row_X(const TX *restrict from, const float *bias, float *restrict v, int64_t W) {
+  #pragma omp simd
+  for (int64_t i = 0; i < W; i++) v[i] = up_X(from[i]);
+  if (!bias) return;
+  #pragma omp simd
+  for (int64_t i = 0; i < W; i++) v[i] += bias[i];
+}
 void activate_X(const TX *restrict pre, const float *bias, const int64_t *order,
                 const int64_t *branch, const float *creativity, float *restrict stats,
                 TX *restrict latent, int64_t gated, int64_t key, int64_t k, int64_t F,
@@ -172,12 +183,7 @@ void activate_X(const TX *restrict pre, const float *bias, const int64_t *order,
   float z[2 * half], v[W], h[F];
   for (int64_t m = from; m < to; m++) {
     const float *b = bias ? bias + branch[m] * W : 0;
-    #pragma omp simd
-    for (int64_t i = 0; i < W; i++) v[i] = up_X(pre[m * W + i]);
-    if (b) {
-      #pragma omp simd
-      for (int64_t i = 0; i < W; i++) v[i] += b[i];
-    }
+    read_row_X(pre + m * W, b, v, W);
     if (gated) {
       #pragma omp simd
       for (int64_t i = 0; i < F; i++) h[i] = v[i] * sigmoid_(v[i]) * v[i + F];
@@ -203,6 +209,10 @@ void activate_X(const TX *restrict pre, const float *bias, const int64_t *order,
     for (int64_t i = 0; i < F; i++) latent[m * F + i] = down_X(h[i]);
   }
 }
+"""
+
+# %% ../../nbs/kernels/thoughts.ipynb #2cd1ebff
+_ACTIVATE_BACKWARD_C = r"""
 void activate_backward_X(const TX *restrict pre, const float *bias, const int64_t *order,
                          const int64_t *branch, const float *creativity,
                          const float *restrict stats, const TX *restrict dlatent,
@@ -214,12 +224,7 @@ void activate_backward_X(const TX *restrict pre, const float *bias, const int64_
   for (int64_t m = from; m < to; m++) {
     const float *b = bias ? bias + branch[m] * W : 0;
     const TX *g = dlatent + m * F;
-    #pragma omp simd
-    for (int64_t i = 0; i < W; i++) v[i] = up_X(pre[m * W + i]);
-    if (b) {
-      #pragma omp simd
-      for (int64_t i = 0; i < W; i++) v[i] += b[i];
-    }
+    read_row_X(pre + m * W, b, v, W);
     if (gated) {
       #pragma omp simd
       for (int64_t i = 0; i < F; i++) {
@@ -252,12 +257,35 @@ void activate_backward_X(const TX *restrict pre, const float *bias, const int64_
 }
 """
 
+# %% ../../nbs/kernels/thoughts.ipynb #21458794
+_FEW_C = r"""
+void few_X(const TX *restrict rows, const TX *restrict weight, const int64_t *counts,
+           TX *restrict out, int64_t count, int64_t from_width, int64_t to_width) {
+  for (int64_t e = 0; e < count; e++) {
+    const int64_t m = counts[e];
+    for (int64_t o = 0; m && o < to_width; o++) {
+      const TX *w = weight + (e * to_width + o) * from_width;
+      for (int64_t r = 0; r < m; r++) {
+        const TX *x = rows + r * from_width;
+        float dot = 0.f;
+        #pragma omp simd reduction(+:dot)
+        for (int64_t i = 0; i < from_width; i++) dot += up_X(x[i]) * up_X(w[i]);
+        out[r * to_width + o] = down_X(dot);
+      }
+    }
+    rows += m * from_width;
+    out += m * to_width;
+  }
+}
+"""
+
 # %% ../../nbs/kernels/thoughts.ipynb #865d009f
 _types = {torch.float32: ("f", "float"), torch.bfloat16: ("b", "bf16")}
 
 def _loops(letter: str, kind: str) -> str:
     "The loops for one type of the matrix products."
-    source = _GATHER_C + _ACTIVATE_C
+    source = "".join((_GATHER_C, _GATHER_BACKWARD_C, _ACTIVATE_C, _ACTIVATE_BACKWARD_C,
+                      _FEW_C))
     return source.replace("_X(", f"_{letter}(").replace("TX", kind)
 
 def _source() -> str:
@@ -279,12 +307,23 @@ def counted_noise(key: int, rows: int, width: int) -> Tensor:
 _int, _float = ctypes.c_int64, ctypes.c_float
 
 # %% ../../nbs/kernels/thoughts.ipynb #1bd0c323
+def _few(rows, weight, counts) -> Tensor:
+    "`_products` of few rows."
+    out, sizes = rows.new_empty(len(rows), weight.shape[1]), torch.tensor(counts)
+    tensors = [pointer(t) for t in (rows, weight.contiguous(), sizes, out)]
+    _function("few", rows.dtype)(*tensors, *map(_int, weight.shape[:1]), _int(rows.shape[1]),
+                                 _int(weight.shape[1]))
+    return out
+
 def _products(rows, weight, counts, transposed: bool = True) -> Tensor:
     "`rows (M, in)` times each branch's matrix `(E, out, in)`; not `transposed`: `(E, in, out)`."
+    if transposed and len(rows) <= _FEW: return _few(rows, weight, counts)
     out = rows.new_empty(len(rows), weight.shape[1 if transposed else 2])
     for part, matrix, into in zip(rows.split(counts), weight.unbind(0), out.split(counts)):
         if len(part): torch.mm(part, matrix.t() if transposed else matrix, out=into)
     return out
+
+_FEW = 16
 
 def _outer(left, right, counts) -> Tensor:
     "Each branch's gradient `leftᵀ right`, `(E, out, in)`."
@@ -321,7 +360,8 @@ class _ThoughtsC(torch.autograd.Function):
                    len(order), rows.numel())
         pre = _products(rows, first, counts)                              # (M, F or 2F)
         latent = rows.new_empty(len(order), down.shape[2])
-        act, taken = _function("activate", dtype), (pre, bias, order, branch, amounts, stats, latent)
+        act, taken = _function("activate", dtype), (pre, bias, order, branch, amounts, stats,
+                                                    latent)
         more = _int(gated), _int(key), _int(k), _int(down.shape[2])
         split_rows(lambda i, j: act(*map(pointer, taken), *more, _int(i), _int(j)),
                    len(order), pre.numel())
