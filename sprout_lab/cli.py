@@ -759,6 +759,17 @@ def _serve_command(paths, flags):
     serve(paths, config(**flags), log=_to_stderr)
 
 # %% ../nbs/cli.ipynb #826a7fbf
+def _benched(name: str):
+    "What is to be measured: a family's entry in the register, or the search, which has none."
+    if name == "search":
+        from types import SimpleNamespace
+        from sprout_lab.evaluation.search_benchmarks import search_benchmark
+        return SimpleNamespace(name=name, benchmark=search_benchmark)
+    from sprout_lab.families import get_family
+    entry = get_family(name)
+    if entry.benchmark is not None: return entry
+    raise ConfigError(f"{name}: has no benchmark in its entry of the register")
+
 @cli.command("bench")
 @click.argument("family", default="transformer")
 @click.option("--peer", "peers", multiple=True, metavar="NAME=DIR",
@@ -770,14 +781,12 @@ def _serve_command(paths, flags):
 @click.option("--output", metavar="FILE", help="Write the table as JSON too.")
 @_quiet
 def _bench_command(family, peers, only, repeats, output, quiet):
-    """Ratios of a family against named peers, side by side in one run, in CPU time; `bench serve`
-    measures the server against plain `generate` (--only N: with N clients)."""
+    """Ratios of a family against named peers, side by side in one run, in CPU time; `bench search`
+    measures the tree search, and `bench serve` the server against plain `generate` (--only N: with
+    N clients)."""
     if family == "serve": return _bench_serve(only, output)
-    from sprout_lab.families import get_family
     from sprout_lab.progress import without_progress
-    entry = get_family(family)
-    if entry.benchmark is None:
-        raise ConfigError(f"{family}: has no benchmark in its entry of the register")
+    entry = _benched(family)
     folders = {}
     for peer in peers:
         name, _, folder = peer.partition("=")
