@@ -23,6 +23,7 @@ from transformers.modeling_outputs import ModelOutput
 from ..configs import ConfigError, setting
 from ..kernels.thoughts import fused_thoughts, fused_thoughts_run
 from .causal import CausalGenerationMixin, kept_positions, next_token_loss
+from .shared_batch import shared_by, whole_batch_sum
 from sprout_lab.models.transformer import (
     Linear, TransformerBlock, TransformerConfig, TransformerModel, TransformerPreTrainedModel,
     new_block)
@@ -230,7 +231,8 @@ class ThoughtRecord:
     details: bool = False
 
     def __post_init__(self):
-        self.similarity, self.entropy, self.balance, self.load, self.chosen = [], [], [], [], []
+        self.similarity, self.entropy, self.load, self.chosen = [], [], [], []
+        self.probability = []
 
     def add(self, probs, chosen, thoughts) -> None:
         "A layer's numbers, means over real tokens."
@@ -242,8 +244,15 @@ class ThoughtRecord:
                               minlength=probs.shape[1]).to(probs.dtype) / picked.numel()
         self.similarity.append(pairwise_similarity(thoughts[real].to(probs.dtype)).mean())
         self.entropy.append(-(probs * probs.clamp(min=1e-9).log()).sum(-1).mean())
-        self.balance.append(probs.shape[1] * (load * probs.mean(0)).sum())
+        self.probability.append(probs.mean(0))
         self.load.append(load)
+
+    def balance(self) -> torch.Tensor:
+        "The load balance of each layer, `(layers)`; of the whole batch where processes share it."
+        load, probability = torch.stack([torch.stack(self.load), torch.stack(self.probability)])
+        if shared_by() > 1:                 # equal rows for each process: the mean of their means
+            load, probability = whole_batch_sum(torch.stack([load, probability])) / shared_by()
+        return load.shape[1] * (load * probability).sum(1)
 
 # %% ../../nbs/models/mot.ipynb #247a33c8
 class ThoughtLayer(nn.Module):
@@ -346,6 +355,7 @@ class Creativity:
 class MoTForCausalLM(MoTPreTrainedModel, CausalGenerationMixin):
     "The mixture of thoughts with its head: token ids to next-token logits, loss, and generation."
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    parallel_plan = dict(blocks="model.layers", not_tensor="each token picks branches of its own")
 
     def __init__(self, config: MoTConfig):
         super().__init__(config)
@@ -393,8 +403,10 @@ def thought_record(model, given, attention_mask, creativity=None, generator=None
     if creativity.shape != (batch,):
         raise ConfigError(f"creativity has shape {tuple(creativity.shape)}; a number, or one for "
                           f"each of {batch} rows is needed")
-    creativity = (creativity.to(given.device) if bool((creativity > 0).any())
-                  and model.config.noise_scale else None)
+    noisy = bool((creativity > 0).any()) and model.config.noise_scale
+    # processes that share a batch wait for a gradient of every parameter: the noise is 0, not absent
+    noisy = noisy or (model.training and shared_by() > 1)
+    creativity = creativity.to(given.device) if noisy else None
     real = None
     if attention_mask is not None and attention_mask.dim() == 2:
         real = attention_mask[:, -length:].bool().reshape(-1)
@@ -405,7 +417,7 @@ def with_record(output: MoTOutput, record: ThoughtRecord, shape) -> MoTOutput:
     if record.load:
         mean = lambda values: torch.stack(values).mean()
         output.diversity_loss, output.router_entropy = mean(record.similarity), mean(record.entropy)
-        output.balance_loss, output.thought_load = mean(record.balance), torch.stack(record.load)
+        output.balance_loss, output.thought_load = record.balance().mean(), torch.stack(record.load)
     if record.details: output.thoughts = tuple(chosen.view(*shape, -1) for chosen in record.chosen)
     return output
 
