@@ -7,6 +7,7 @@ __all__ = ['THOUGHTS_C', 'counted_noise_reference', 'counted_noise', 'product_dt
 
 # %% ../../nbs/kernels/thoughts.ipynb #f50319f7
 import ctypes
+import math
 
 import torch
 import torch.nn.functional as F
