@@ -425,6 +425,8 @@ def decode_arguments(data):
     capacity = data.draw(st.integers(1, 20))
     past, with_norms, gate = data.draw(st.integers(0,
                                                    capacity - 1)), data.draw(st.booleans()), data.draw(st.booleans())
+    prefix = data.draw(st.sampled_from([0, 0, 3, 18]))
+    past += prefix
     arguments = dict(x=torch.randn(B, W), num_heads=H, past=past, norm=norm,
                      half=data.draw(st.booleans()))
     for k in range(2):
@@ -435,6 +437,8 @@ def decode_arguments(data):
         if not gate: layer = layer._replace(w3=None)
         if not gain: layer = layer._replace(norm1=None, norm2=None)
         if not with_norms: layer = layer._replace(q_norm=None, k_norm=None)
+        if prefix: layer = layer._replace(**dict(zip(("prefix_keys", "prefix_values"),
+                                                     torch.randn(2, 1, G, prefix, d))))
         arguments |= {f"{name}{k}": tensor for name, tensor in layer._asdict().items()}
     rows = data.draw(st.sampled_from([1, B]))
     if data.draw(st.booleans()):

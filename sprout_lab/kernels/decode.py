@@ -25,7 +25,8 @@ from .elementwise import rms_norm_reference, rotary_reference
 class DecodeLayer(NamedTuple):
     """The tensors of one block. Matrices are `(out, in)`; `w3` is none without a gate, norms are
     none where there are none; `keys` and `values` are `(batch, kv_heads, capacity, head_dim)` and
-    are written at the new column."""
+    are written at the new column. `prefix_keys` and `prefix_values`, where they are, stand before
+    them in every row and are only read."""
     q: Tensor                  # (width, width)
     k: Tensor                  # (kv_heads * head_dim, width)
     v: Tensor                  # (kv_heads * head_dim, width)
@@ -39,6 +40,13 @@ class DecodeLayer(NamedTuple):
     k_norm: Tensor | None      # (head_dim,)
     keys: Tensor
     values: Tensor
+    prefix_keys: Tensor | None = None     # (1, kv_heads, prefix, head_dim)
+    prefix_values: Tensor | None = None
+
+    @property
+    def prefix(self) -> int:
+        "Columns that all rows share."
+        return 0 if self.prefix_keys is None else self.prefix_keys.shape[2]
 
 # %% ../../nbs/kernels/decode.ipynb #1c8a60e5
 def _attention_reference(x, layer, num_heads, past, cos_sin, half, eps, mask):
@@ -50,8 +58,12 @@ def _attention_reference(x, layer, num_heads, past, cos_sin, half, eps, mask):
     if cos_sin is not None:
         cos, sin = (t.unsqueeze(-2) for t in cos_sin)                         # (rows, 1, d/2)
         q, k = (rotary_reference(t.unsqueeze(1), cos, sin, half).squeeze(1) for t in (q, k))
-    layer.keys[:, :, past], layer.values[:, :, past] = k, v
-    keys, values = layer.keys[:, :, :past + 1], layer.values[:, :, :past + 1]
+    own = past - layer.prefix
+    layer.keys[:, :, own], layer.values[:, :, own] = k, v
+    keys, values = layer.keys[:, :, :own + 1], layer.values[:, :, :own + 1]
+    if layer.prefix:
+        keys, values = (torch.cat([shared.expand(batch, -1, -1, -1), t], 2) for shared, t in
+                        ((layer.prefix_keys, keys), (layer.prefix_values, values)))
     keys, values = (t.repeat_interleave(num_heads // kv_heads, 1) for t in (keys, values))
     mask = None if mask is None else mask[:, None,
                                           None]                      # (batch, 1, 1, past+1)
@@ -282,7 +294,8 @@ static void rotate(float *x, const float *c, const float *s, int64_t heads, int6
 
 # %% ../../nbs/kernels/decode.ipynb #14be7d9a
 _MIX_C = r"""
-static void mix(const float *values, const float *s, float total, float *out, int64_t S, int64_t d) {
+static void mix(const float *values, const float *s, float total, float *out, int64_t S, int64_t d,
+                const int more) {
   int64_t c = 0;
   for (; c + 2 * N <= d; c += 2 * N) {
     vec one[4] = {{0}}, two[4] = {{0}};
@@ -297,24 +310,28 @@ static void mix(const float *values, const float *s, float total, float *out, in
       one[0] += *(const vec *)(values + i * d + c) * s[i];
       two[0] += *(const vec *)(values + i * d + c + N) * s[i];
     }
-    *(vec *)(out + c) = (one[0] + one[1] + (one[2] + one[3])) / total;
-    *(vec *)(out + c + N) = (two[0] + two[1] + (two[2] + two[3])) / total;
+    vec a = (one[0] + one[1] + (one[2] + one[3])) / total;
+    vec b = (two[0] + two[1] + (two[2] + two[3])) / total;
+    if (more) { a += *(const vec *)(out + c); b += *(const vec *)(out + c + N); }
+    *(vec *)(out + c) = a; *(vec *)(out + c + N) = b;
   }
   for (; c < d; c++) {
     float sum = 0;
     for (int64_t i = 0; i < S; i++) sum += values[i * d + c] * s[i];
-    out[c] = sum / total;
+    out[c] = (more ? out[c] : 0) + sum / total;
   }
 }
 """
 
 # %% ../../nbs/kernels/decode.ipynb #2fd80e6a
 _ATTEND_C = r"""
-static void attend(const float *keys, const float *values, const float *q, const uint8_t *mask,
-                   float *s, float *out, int64_t S, int64_t d) {
+static void attend(const float *first_keys, const float *first_values, int64_t P, const float *keys,
+                   const float *values, const float *q, const uint8_t *mask, float *s, float *out,
+                   int64_t S, int64_t d) {
   const float scale = 1.f / sqrtf((float)d);
   float largest = -INFINITY, total = 0;
-  score(keys, q, s, S, d);
+  if (P) score(first_keys, q, s, P, d);
+  score(keys, q, s + P, S - P, d);
   if (mask) for (int64_t i = 0; i < S; i++) if (!mask[i]) s[i] = -INFINITY;
   #pragma omp simd reduction(max:largest)
   for (int64_t i = 0; i < S; i++) largest = s[i] > largest ? s[i] : largest;
@@ -324,7 +341,9 @@ static void attend(const float *keys, const float *values, const float *q, const
     s[i] = e;
     total += e;
   }
-  mix(values, s, total == 0 ? 1 : total, out, S, d);
+  if (total == 0) total = 1;
+  if (P) mix(first_values, s, total, out, P, d, 0);
+  mix(values, s + P, total, out, S - P, d, P > 0);
 }
 """
 
@@ -347,9 +366,10 @@ static void add(float *x, const float *y, int64_t count) {
 
 # %% ../../nbs/kernels/decode.ipynb #0d6fb3e8
 _STEP_TYPES_C = r"""
-enum { Q, K_, V, O, W1, W2, W3, NORM1, NORM2, QNORM, KNORM, KEYS, VALUES, POINTERS };
+enum { Q, K_, V, O, W1, W2, W3, NORM1, NORM2, QNORM, KNORM, KEYS, VALUES, FIRST_KEYS,
+       FIRST_VALUES, POINTERS };
 typedef struct {
-  int64_t B, D, H, G, d, FF, past, capacity;
+  int64_t B, D, H, G, d, FF, past, prefix, capacity;
   const float *cosine, *sine;
   int64_t tables, halves;
   const uint8_t *mask;
@@ -362,7 +382,7 @@ typedef struct {
 # %% ../../nbs/kernels/decode.ipynb #b4d163f9
 _ATTENTION_C = r"""
 static void attention_of_row(const step *t, float *const *p, int64_t b) {
-  const int64_t d = t->d, G = t->G, group = t->H / G;
+  const int64_t d = t->d, G = t->G, group = t->H / G, P = t->prefix, own = t->past - P;
   float *q = t->q + b * t->D, *k = t->k + b * G * d, *v = t->v + b * G * d;
   if (t->tables) {
     const int64_t row = (t->tables > 1 ? b : 0) * (d / 2);
@@ -373,10 +393,13 @@ static void attention_of_row(const step *t, float *const *p, int64_t b) {
   for (int64_t g = 0; g < G; g++) {
     float *keys = p[KEYS] + (b * G + g) * t->capacity * d;
     float *values = p[VALUES] + (b * G + g) * t->capacity * d;
-    memcpy(keys + t->past * d, k + g * d, d * sizeof(float));
-    memcpy(values + t->past * d, v + g * d, d * sizeof(float));
+    memcpy(keys + own * d, k + g * d, d * sizeof(float));
+    memcpy(values + own * d, v + g * d, d * sizeof(float));
+    const float *first_keys = P ? p[FIRST_KEYS] + g * P * d : 0;
+    const float *first_values = P ? p[FIRST_VALUES] + g * P * d : 0;
     for (int64_t h = g * group; h < (g + 1) * group; h++)
-      attend(keys, values, q + h * d, mask, t->scores, t->mixed + b * t->D + h * d, t->past + 1, d);
+      attend(first_keys, first_values, P, keys, values, q + h * d, mask, t->scores,
+             t->mixed + b * t->D + h * d, t->past + 1, d);
   }
 }
 static void attention(const step *t, float *const *p, const float *in) {
@@ -414,11 +437,12 @@ static void layer(const step *t, float *x, float *const *p, int64_t norms) {
 }
 // x (B, D) in and out
 void decode_step(float *x, float *const *pointers, int64_t L, int64_t B, int64_t D, int64_t H,
-                 int64_t G, int64_t FF, int64_t past, int64_t capacity,
+                 int64_t G, int64_t FF, int64_t past, int64_t prefix, int64_t capacity,
                  const float *cosine, const float *sine, int64_t tables, int64_t halves,
                  int64_t norms, float eps, const uint8_t *mask, int64_t mask_stride,
                  const float *last, float *scratch) {
-  step t = {B, D, H, G, D / H, FF, past, capacity, cosine, sine, tables, halves, mask, mask_stride, eps};
+  step t = {B, D, H, G, D / H, FF, past, prefix, capacity, cosine, sine, tables, halves, mask,
+            mask_stride, eps};
   const int64_t kv = G * t.d;
   t.y = scratch; t.q = t.y + B * D; t.k = t.q + B * D; t.v = t.k + B * kv; t.mixed = t.v + B * kv;
   t.h1 = t.mixed + B * D; t.h3 = t.h1 + B * FF; t.scores = t.h3 + B * FF;
@@ -441,30 +465,39 @@ def _shapes(layer: DecodeLayer, x: Tensor, num_heads: int) -> DecodeLayer:
     (batch, width), head_dim = x.shape, x.shape[1] // num_heads
     (_, kv_heads, capacity, _), ff = layer.keys.shape, layer.w1.shape[0]
     kv_width, cache = kv_heads * head_dim, (batch, kv_heads, capacity, head_dim)
+    shared = (1, kv_heads, layer.prefix, head_dim)
     return DecodeLayer(q=(width, width), k=(kv_width, width), v=(kv_width, width), o=(width, width),
                        w1=(ff, width), w2=(width, ff), w3=(ff, width), norm1=(width,),
                        norm2=(width,),
-                       q_norm=(head_dim,), k_norm=(head_dim,), keys=cache, values=cache)
+                       q_norm=(head_dim,), k_norm=(head_dim,), keys=cache, values=cache,
+                       prefix_keys=shared, prefix_values=shared)
 
 def _optional(layer: DecodeLayer, norm: str) -> set:
     "The tensors that may be none."
     names = {"w3"} if norm != "none" else {"w3", "norm1", "norm2"}
-    without = layer.q_norm is None and layer.k_norm is None
-    return names | {"q_norm", "k_norm"} if without else names
+    for pair in (("q_norm", "k_norm"), ("prefix_keys", "prefix_values")):
+        if all(getattr(layer, name) is None for name in pair): names |= set(pair)
+    return names
 
-def _no_column(past: int, capacity: int) -> str:
-    return f"past={past}: the cache has the columns 0 to {capacity - 1}"
+def _check_column(past: int, layer: DecodeLayer) -> None:
+    "That the layer's keys have the column of a token after `past` others."
+    first, capacity = layer.prefix, layer.keys.shape[2]
+    if first <= past < first + capacity: return
+    raise IndexError(f"past={past}: the cache has the columns {first} to {first + capacity - 1}")
 
+# %% ../../nbs/kernels/decode.ipynb #46d10dd5
 def _check_layer(layer: DecodeLayer, x: Tensor, num_heads: int, past: int, norm: str) -> None:
     (batch, width), head_dim = x.shape, x.shape[1] // num_heads
     meaning = f"({batch}, kv_heads, capacity, {head_dim})"
     check_shape("keys", layer.keys, (batch, None, None, head_dim), meaning)
     check_shape("w1", layer.w1, (None, width), f"(ff, {width})")
-    _, kv_heads, capacity, _ = layer.keys.shape
+    kv_heads = layer.keys.shape[1]
     if not kv_heads or num_heads % kv_heads:
         raise ValueError(f"num_heads={num_heads}: must be a multiple of the {kv_heads} heads of "
                          f"keys")
-    if not 0 <= past < capacity: raise IndexError(_no_column(past, capacity))
+    if layer.prefix_keys is not None:
+        check_shape("prefix_keys", layer.prefix_keys, (1, kv_heads, None, head_dim))
+    _check_column(past, layer)
     optional = _optional(layer, norm)
     for name, tensor, shape in zip(layer._fields, layer, _shapes(layer, x, num_heads)):
         if tensor is None and name in optional: continue
@@ -559,7 +592,7 @@ def _table(x: Tensor, layers: list, num_heads: int, past: int, norm: str) -> byt
 def _c_function():
     "The function in C, which knows its arguments' types."
     run, size, address = load_c(DECODE_C, "decode").decode_step, ctypes.c_int64, ctypes.c_void_p
-    run.argtypes = [address, address, *[size] * 8, address, address, size, size, size,
+    run.argtypes = [address, address, *[size] * 9, address, address, size, size, size,
                     ctypes.c_float,
                     address, size, address, address]
     run.restype = None
@@ -568,7 +601,7 @@ def _c_function():
 def _run_c(x, table, layers, num_heads, past, cos_sin, half, norm, eps, mask, last_norm):
     x, first = x.contiguous().clone(), layers[0]
     (batch, width), (_, kv_heads, capacity, _), ff = x.shape, first.keys.shape, first.w1.shape[0]
-    if not 0 <= past < capacity: raise IndexError(_no_column(past, capacity))
+    _check_column(past, first)
     scratch = torch.empty(batch * (3 * width + 2 * kv_heads * (width // num_heads) + 2 * ff)
                           + past + 1)
     tables = 0 if cos_sin is None else cos_sin[0].shape[0]
@@ -576,7 +609,8 @@ def _run_c(x, table, layers, num_heads, past, cos_sin, half, norm, eps, mask, la
     shared = [None if t is None else t.contiguous() for t in shared]
     cos, sin, mask, last_norm = (None if t is None else t.data_ptr() for t in shared)
     _c_function()(x.data_ptr(), table, len(layers), batch, width, num_heads, kv_heads, ff, past,
-                  capacity, cos, sin, tables, half, _NORMS[norm], eps, mask, past + 1, last_norm,
+                  first.prefix, capacity, cos, sin, tables, half, _NORMS[norm], eps, mask, past + 1,
+                  last_norm,
                   scratch.data_ptr())
     return x
 
@@ -591,7 +625,7 @@ def decode_step(x: Tensor, layers: list[DecodeLayer], num_heads: int, past: int,
                 eps: float = 1e-5, mask: Tensor | None = None,
                 last_norm: Tensor | None = None) -> Tensor:
     """All `layers` for one new token per row: `x (batch, width)` → the same shape; keys and values
-    are written at column `past`.
+    are written at column `past`, which is counted from the prefix's first where there is one.
 
     `cos_sin`: cosines and sines `(batch or 1, head_dim/2)` for each row's position, or none;
     `half` as for `rotary`; `norm`: "pre", "post" or "none"; `mask (batch, past+1)`: True =

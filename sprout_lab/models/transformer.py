@@ -27,7 +27,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from ..configs import ConfigError, setting
 from ..kernels.decode import DecodeLayer, can_decode_step, decode_step
 from ..kernels.elementwise import rms_norm, rotary, rotary_reference, swiglu
-from .cache import KeyValueCache, KeyValueLayer
+from .cache import KeyValueCache, KeyValueLayer, PrefixedCache
 from .causal import CausalGenerationMixin, kept_positions, next_token_loss
 from .config import LanguageModelConfig
 from .hub import ModelCardMixin
@@ -642,7 +642,8 @@ def decode_layer(block, layer: KeyValueLayer) -> DecodeLayer | None:
             weight = None if module is None else plain_weight(module, kind)
             if module is not None and weight is None: return None
             weights.append(weight)
-    return DecodeLayer(*weights, layer.keys, layer.values) if layer.reserve(1) else None
+    if not layer.reserve(1): return None
+    return DecodeLayer(*weights, layer.keys, layer.values, layer.prefix_keys, layer.prefix_values)
 
 # %% ../../nbs/models/transformer.ipynb #733414b8
 def _block_size(config) -> int:
@@ -653,7 +654,7 @@ def decode_blocks(model: TransformerModel, x, cache, context: dict):
     by the decoding kernel; none where it cannot be used. `context` as for the blocks."""
     config, mask, past = model.config, context["mask"], cache.get_seq_length()
     if not past or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"): return None
-    if type(cache) is not KeyValueCache or not can_decode_step(): return None
+    if type(cache) not in (KeyValueCache, PrefixedCache) or not can_decode_step(): return None
     if x.dtype != torch.float32 or x.device.type != "cpu": return None
     if mask is not None and mask.dtype != torch.bool: return None
     # it runs on one thread; where there are more, large matrices are read faster by all of them
@@ -668,7 +669,7 @@ def decode_blocks(model: TransformerModel, x, cache, context: dict):
     half, norm, eps = config.position == "rope_half", config.norm, config.rms_norm_eps
     x = decode_step(x[:, 0], layers, config.num_attention_heads, past, cos_sin, half, norm, eps,
                     visible, last_norm)
-    for layer in cache.layers: layer.length = past + 1
+    for layer in cache.layers: layer.length += 1
     return x[:, None]                                                                  # (B, 1, D)
 
 # %% ../../nbs/models/transformer.ipynb #ce733c22
