@@ -10,7 +10,6 @@ import ctypes
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .build import load_c, pointer, split_rows
