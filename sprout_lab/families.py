@@ -37,6 +37,7 @@ from .models.transformer import TransformerConfig, TransformerForCausalLM
 from .models.tslm import OpenTSLM, TSLMConfig
 import sprout_lab.evaluation.series  # noqa: F401  importing it registers the objective
 from .objectives import Objective, get_objective
+from .progress import Progress
 from .remote import mirror_of, run_folders
 from .runs import Run, claim, find_checkpoint
 from .trainers.checkpoints import load_pretrained
@@ -404,7 +405,7 @@ def draw_pictures(path, names=(), text: str | None = None, output=None, style: s
     single = len(names) == 1 and target.suffix != ""
     (target.parent if single else target).mkdir(parents=True, exist_ok=True)
     written = []
-    for name in names:
+    for name in Progress("drawing", "pictures").track(names):
         try:
             figure = family.draw(name, model, tokenizer, text)
             figure.style = style
