@@ -314,6 +314,8 @@ def test_an_import_lives_like_any_run(kind, make, tmp_path, monkeypatch):
     said = shell(f"import {kind} theirs --tokenizer byte --output run --dataset shakespeare")
     assert "run: " in said and "parameters, 2 layers" in said
     assert Run("run").steps() == [0] and checkpoint_facts("run")["step"] == 0
+    # it names no folder of this machine, and takes its tokenizer along when it is moved (below)
+    assert str(tmp_path) not in Path("run/config.yaml").read_text()
     first = shell("evaluate --run run --max_batches 2")
     assert "bits" in first
     shell("draw run attention --text 'My lord' --output pictures")
@@ -330,8 +332,6 @@ def test_an_import_lives_like_any_run(kind, make, tmp_path, monkeypatch):
     written = shell("generate --run run --prompt 'My lord' --max_tokens 9 --seed 1")
     assert written.startswith("My lord")
     assert "is already there" in refused(f"import {kind} theirs --tokenizer byte --output run")
-    # it brings its tokenizer along: nothing in it names a folder of this machine
-    assert str(tmp_path) not in Path("run/config.yaml").read_text()
     (tmp_path / "elsewhere").mkdir()
     shutil.move("run", "elsewhere/moved")
     shell(f"train --resume_from elsewhere/moved --max_steps 4 {small}")
