@@ -32,7 +32,7 @@ setup(
                     "sentencepiece": words("sentencepiece_requirements"), "evaluation": lines("evaluation_requirements"),
                     "serve": words("serve_requirements"),
                     "sweep": words("sweep_requirements"), "ray": words("ray_requirements"),
-                    "app": words("app_requirements")},
+                    "app": words("app_requirements"), "masks": words("masks_requirements")},
     entry_points={"console_scripts": lines("console_scripts") + dev_scripts,
                   "nbdev": ["sprout_lab=sprout_lab._modidx:d"]},
 )

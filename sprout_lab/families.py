@@ -37,6 +37,7 @@ from .models.transformer import TransformerConfig, TransformerForCausalLM
 from .models.tslm import OpenTSLM, TSLMConfig
 import sprout_lab.evaluation.series  # noqa: F401  importing it registers the objective
 from .objectives import Objective, get_objective
+from .progress import Progress
 from .remote import mirror_of, run_folders
 from .runs import Run, claim, find_checkpoint
 from .trainers.checkpoints import load_pretrained
@@ -57,7 +58,8 @@ class Family:
     `studies`: scripts of longer comparisons. `callbacks`: classes of what every training run of it
     needs besides the usual. `own_presets`: for a family from elsewhere, a folder of YAML files or
     name → settings. `top_settings`: what a panel shows first. `aliases`: other names in files, or such a name →
-    the settings that it stands for."""
+    the settings that it stands for. `parallel_plan`: where its models may be cut between processes (see
+    trainers/parallel); none is for data parallelism alone."""
     name: str
     title: str
     summary: str
@@ -71,6 +73,7 @@ class Family:
     own_presets: Mapping | str | Path | None = None
     top_settings: tuple[str, ...] = ()
     aliases: tuple[str, ...] | Mapping[str, dict] = ()
+    parallel_plan: Mapping | None = None
 
     @property
     def objectives(self) -> tuple[str, ...]: return tuple(self.models)
@@ -84,8 +87,8 @@ class Family:
     @property
     def parallel(self) -> tuple[str, ...]:
         """How several processes may share its models: `data` serves every family, `sharded` and
-        `tensor` those whose model has a plan for it (`parallel_plan`, see trainers/parallel)."""
-        plan = getattr(self.model_class(), "parallel_plan", None)
+        `tensor` those with a plan for it."""
+        plan = self.parallel_plan
         if plan is None: return ("data",)
         return ("data", "sharded", "tensor") if "column" in plan else ("data", "sharded")
 
@@ -142,6 +145,8 @@ def register(family: Family) -> Family:
         get_objective(objective).auto_class.register(config_class, model_class, exist_ok=True)
     base = getattr(family.models[family.objective], "base_model_class", None)
     if base is not None: AutoModel.register(config_class, base, exist_ok=True)
+    if family.parallel_plan is not None:   # the trainer sees a model, not its family
+        for model_class in family.models.values(): model_class.parallel_plan = family.parallel_plan
     if family.own_presets is not None: add_presets(family.name, family.own_presets)
     families[family.name] = family
     return family
@@ -172,14 +177,16 @@ register(Family(
     pictures={"attention": pictures.attention, "embeddings": pictures.embeddings,
               "surprise": pictures.surprise, "health": pictures.health},
     benchmark=transformer_benchmark, studies=("studies/transformer_ablations.py",),
-    top_settings=("hidden_size", "num_hidden_layers", "num_attention_heads", "dropout")))
+    top_settings=("hidden_size", "num_hidden_layers", "num_attention_heads", "dropout"),
+    parallel_plan=TransformerForCausalLM.parallel_plan))
 
 register(Family(
     "slm", "SLM",
     "Ternary recurrent bytes: no attention, weights of -1, 0 and 1, a state of fixed size.",
     SLMConfig, {"causal": SimplifiedSLMForCausalLM}, pictures=_recurrent,
     benchmark=slm_benchmark, studies=("studies/slm_study.py",), aliases=("flat", "simplified_slm"),
-    top_settings=("hidden_size", "num_hidden_layers", "use_short_conv")))
+    top_settings=("hidden_size", "num_hidden_layers", "use_short_conv"),
+    parallel_plan=SimplifiedSLMForCausalLM.parallel_plan))
 
 register(Family(
     "hnet", "HNetBit", "A hierarchy that learns where to cut a text, of ternary recurrent blocks.",
@@ -187,7 +194,8 @@ register(Family(
     pictures={"chunks": pictures.chunks, **_recurrent},
     benchmark=hnet_benchmark, studies=("studies/slm_study.py",),
     aliases=("hierarchical", "hnet_bit"),
-    top_settings=("d_model", "num_blocks", "target_chunk_size", "ratio_loss_weight")))
+    top_settings=("d_model", "num_blocks", "target_chunk_size", "ratio_loss_weight"),
+    parallel_plan=HNetBitForCausalLM.parallel_plan))
 
 register(Family(
     "sprout", "SPROUT", "A tree of Transformer blocks that grows while it is trained; every text "
@@ -211,7 +219,8 @@ register(Family(
               "surprise": pictures.surprise, "health": pictures.health},
     callbacks=(ThoughtHistory,), benchmark=mot_benchmark, studies=("studies/mot_study.py",),
     aliases=("mixture_of_thoughts",),
-    top_settings=("num_thoughts", "thoughts_per_token", "diversity_weight", "creativity")))
+    top_settings=("num_thoughts", "thoughts_per_token", "diversity_weight", "creativity"),
+    parallel_plan=MoTForCausalLM.parallel_plan))
 
 register(Family(
     "tslm", "TSLM", "Reads time series and answers in words: patches of a curve between the words, "
@@ -220,7 +229,8 @@ register(Family(
     pictures={"answer": pictures.answer, "where": pictures.where},
     benchmark=tslm_benchmark, studies=("studies/tslm_study.py",), default_data="questions",
     aliases={"OpenTSLMSP": {"form": "soft_prompt"}, "OpenTSLMFlamingo": {"form": "flamingo"}},
-    top_settings=("form", "llm_id", "lora_rank", "encoder_num_layers", "patch_size")))
+    top_settings=("form", "llm_id", "lora_rank", "encoder_num_layers", "patch_size"),
+    parallel_plan=OpenTSLM.parallel_plan))
 
 register_tokenizers()
 
@@ -397,7 +407,7 @@ def draw_pictures(path, names=(), text: str | None = None, output=None, style: s
     single = len(names) == 1 and target.suffix != ""
     (target.parent if single else target).mkdir(parents=True, exist_ok=True)
     written = []
-    for name in names:
+    for name in Progress("drawing", "pictures").track(names):
         try:
             figure = family.draw(name, model, tokenizer, text)
             figure.style = style

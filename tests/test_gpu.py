@@ -1,6 +1,7 @@
 """The command for a GPU: its quick form on a CPU, and that a fault in one part stops no other."""
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -120,6 +121,17 @@ def test_what_is_missing_is_said_at_once(monkeypatch, capsys):
     said = capsys.readouterr().err
     assert said.startswith("missing: a_package_that_is_nowhere;") and said.count("\n") == 1
     assert "--packages" in said and "--target" in said
+
+
+def test_a_bare_machine_is_told_within_a_second():
+    "`-IS`: Python without any package. A second of processor time, on whatever else is running."
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    said = subprocess.run([sys.executable, "-IS", "tools/gpu.py"], cwd=root, capture_output=True,
+                          text=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert said.returncode == 2 and said.stderr.startswith("missing: torch, transformers")
+    spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    assert spent < 1, spent
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

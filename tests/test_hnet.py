@@ -255,13 +255,15 @@ WORKER = """
 import torch, torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from sprout_lab.models.hnet import HNetBitConfig, HNetBitForCausalLM
+from sprout_lab.models.shared_batch import batch_shared_by
 dist.init_process_group("gloo")
 torch.manual_seed(0)
-config = HNetBitConfig(d_model=[16, 24], num_blocks=[[1, 0, 1], [1]], ratio_loss_weight=0.0)
+config = HNetBitConfig(d_model=[16, 24], num_blocks=[[1, 0, 1], [1]], ratio_loss_weight=0.3)
 model = DistributedDataParallel(HNetBitForCausalLM(config))
 ids = torch.randint(256, (2, 12), generator=torch.Generator().manual_seed(0))
 mine = ids[dist.get_rank():][:1]
-model(mine, labels=mine).loss.backward()
+with batch_shared_by(2): loss = model(mine, labels=mine).loss
+loss.backward()
 if dist.get_rank() == 0:
     torch.manual_seed(0)
     alone = HNetBitForCausalLM(config)

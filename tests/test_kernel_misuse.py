@@ -426,6 +426,8 @@ def decode_arguments(data):
     capacity = data.draw(st.integers(1, 20))
     past, with_norms, gate = data.draw(st.integers(0,
                                                    capacity - 1)), data.draw(st.booleans()), data.draw(st.booleans())
+    prefix = data.draw(st.sampled_from([0, 0, 3, 18]))
+    past += prefix
     arguments = dict(x=torch.randn(B, W), num_heads=H, past=past, norm=norm,
                      half=data.draw(st.booleans()))
     for k in range(2):
@@ -436,6 +438,8 @@ def decode_arguments(data):
         if not gate: layer = layer._replace(w3=None)
         if not gain: layer = layer._replace(norm1=None, norm2=None)
         if not with_norms: layer = layer._replace(q_norm=None, k_norm=None)
+        if prefix: layer = layer._replace(**dict(zip(("prefix_keys", "prefix_values"),
+                                                     torch.randn(2, 1, G, prefix, d))))
         arguments |= {f"{name}{k}": tensor for name, tensor in layer._asdict().items()}
     rows = data.draw(st.sampled_from([1, B]))
     if data.draw(st.booleans()):
@@ -467,18 +471,20 @@ def kept_step(good):
         seen = [DecodeLayer(*(good[f"{name}{k}"] for name in DecodeLayer._fields))
                 for k in range(2)]
         seen = [DecodeLayer(*(t if t is None else t.clone() for t in layer)) for layer in seen]
-        kept, (keys, values) = DecodeStep(seen, num_heads, **switches), list(zip(*seen))[-2:]
+        kept, (keys, values) = DecodeStep(seen, num_heads, **switches), list(zip(*seen))[-4:-2]
         with suppress(ValueError, IndexError, TypeError):            # a switch that is a mistake
             with torch.no_grad(): kept(good["x"], keys, values, good["past"])
-        for old, new in zip((t for layer in seen for t in layer[:-2]),
-                            (t for layer in layers for t in layer[:-2])):
+        *_, keys, values, prefix_keys, prefix_values = zip(*layers)
+        cache, prefix = (keys, values), (prefix_keys, prefix_values)
+        if all(t is None for part in prefix for t in part): prefix = ()
+        for old, new in zip((t for layer in seen for t in layer[:-4]),
+                            (t for layer in layers for t in layer[:-4])):
             if (old is None) != (new is None): break
             if old is None: continue
             try: old.data = new
             except (RuntimeError, TypeError): break
-        else: return kept(x, *list(zip(*layers))[-2:], past, cos_sin, mask)
-        return DecodeStep(layers, num_heads, **switches)(x, *list(zip(*layers))[-2:], past, cos_sin,
-                                                         mask)
+        else: return kept(x, *cache, past, cos_sin, mask, prefix)
+        return DecodeStep(layers, num_heads, **switches)(x, *cache, past, cos_sin, mask, prefix)
     return step
 
 

@@ -6,11 +6,12 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 
 from sprout_lab.configs import ConfigError
-from sprout_lab.families import configure, families, make_trainer
+from sprout_lab.families import configure, families, make_trainer, register
 from sprout_lab.runs import Run, damage, read_log
 from sprout_lab.trainers.parallel import check_parallel
 
@@ -20,11 +21,23 @@ SMALL = {"max_steps": 20, "log_interval": 1, "eval_interval": 10, "save_interval
          "optimizer": "adamw",
          # small: a ternary weight near a threshold turns the last digit of a float into a step
          "learning_rate": 1e-4}
-SHAPES = {"transformer": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
-          "slm": {"hidden_size": 32, "num_hidden_layers": 2}}
-# not here: an HNetBit's ratio loss multiplies means over a process's own rows, and a SPROUT draws
-# its dropout per process, so that their losses are near those of one process and not equal
-WAYS = [(name, mode) for name in SHAPES for mode in families[name].parallel]
+NARROW = {"hidden_size": 32, "num_attention_heads": 4}
+# without what every process draws for itself: a SPROUT's dropout, the noise of thoughts
+FIXED_TREE = {**NARROW, "growth": "none", "tree": [-1, 0, 0], "dropout": 0.0}
+SHAPES = {"transformer": {**NARROW, "num_hidden_layers": 2},
+          "slm": {"hidden_size": 32, "num_hidden_layers": 2},
+          "hnet": {"d_model": [32, 48], "num_blocks": [[1, 0, 1], [1]]},
+          "sprout": FIXED_TREE, "sprout causal": {**FIXED_TREE, "objective": "causal"},
+          "mot": {**NARROW, "num_hidden_layers": 2, "intermediate_size": 32, "creativity": 0.0},
+          "tslm": {**NARROW, "num_hidden_layers": 1, "encoder_num_layers": 1}}
+
+
+def family_of(name): return name.partition(" ")[0]
+
+
+WAYS = [(name, mode) for name in SHAPES for mode in families[family_of(name)].parallel]
+# the Transformer's other ways are tests/test_parallel.py
+DATA_AND_MORE = [*((name, "data") for name in SHAPES), ("slm", "sharded")]
 
 WORKER = """
 import json, sys, torch.distributed as dist
@@ -36,11 +49,13 @@ dist.destroy_process_group()
 
 
 def settings(name, folder, **flags):
-    return {**SMALL, **SHAPES[name], "output_dir": str(folder), **flags}
+    small = {**SMALL, **SHAPES[name], "output_dir": str(folder), **flags}
+    if name == "tslm": del small["sequence_length"], small["sample_tokens"]   # it reads questions
+    return small
 
 
 def alone(name, folder, **flags):
-    run = configure(name, settings(name, folder, **flags), log=lambda words: None)
+    run = configure(family_of(name), settings(name, folder, **flags), log=lambda words: None)
     return make_trainer(run, log=lambda words: None).train()
 
 
@@ -68,34 +83,39 @@ def together(folder, processes, *jobs):
 def losses(folder): return read_log(Run(folder).training_log)["loss"][:20]
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_the_first_twenty_losses_are_those_of_one_process(tmp_path, processes):
-    "Slow with four processes on two cores."
+@pytest.mark.parametrize("processes, ways", [
+    (2, DATA_AND_MORE), pytest.param(2, WAYS, marks=pytest.mark.slow),
+    pytest.param(4, WAYS, marks=pytest.mark.slow)], ids=["2", "2-every-way", "4-every-way"])
+def test_the_first_twenty_losses_are_those_of_one_process(tmp_path, processes, ways):
+    "Slow in every way, and with four processes on two cores."
+    folder = tmp_path / "several"
     together(tmp_path, processes,
-             *((name, settings(name, tmp_path / f"{name}-{mode}", parallel=mode))
-                          for name, mode in WAYS))
-    for name in SHAPES:
-        one = losses(alone(name, tmp_path / name).folder)
-        for mode in families[name].parallel:
-            several = losses(tmp_path / f"{name}-{mode}")
-            assert len(several) == 20
-            apart = max(abs(a - b) for a, b in zip(one, several))
-            assert apart < 1e-5, (name, mode, apart)
+             *((family_of(name), settings(name, folder / f"{name}-{mode}", parallel=mode))
+               for name, mode in ways))
+    one = {name: losses(alone(name, tmp_path / name).folder) for name in SHAPES}
+    for name, mode in ways:
+        found = losses(folder / f"{name}-{mode}")
+        assert len(found) == 20
+        apart = max(abs(a - b) for a, b in zip(one[name], found))
+        assert apart < 1e-5, (name, mode, apart)
 
 
 @pytest.mark.slow
 def test_one_goes_on_where_two_or_four_stopped(tmp_path):
-    "Slow: three starts of several processes."
+    "Slow: every family in every way, twice."
+    first, second = [], []
     for name, mode in WAYS:
-        if mode == "data": continue
-        whole = alone(name, tmp_path / f"{name}-whole")
+        part = settings(name, tmp_path / f"{name}-{mode}", parallel=mode, lr_decay_steps=20)
+        first.append((family_of(name), {**part, "max_steps": 10}))
+        second.append((family_of(name), {**part, "max_steps": 14, "resume_from": "auto"}))
+    together(tmp_path, 4, *first)
+    together(tmp_path, 2, *second)
+    for name, mode in WAYS:
+        whole = alone(name, tmp_path / f"{name}-{mode}-whole")
         folder = tmp_path / f"{name}-{mode}"
-        flags = settings(name, folder, parallel=mode)
-        together(tmp_path, 4, (name, {**flags, "max_steps": 10, "lr_decay_steps": 20}))
-        together(tmp_path, 2, (name, {**flags, "max_steps": 14, "lr_decay_steps": 20,
-                            "resume_from": "auto"}))
         alone(name, folder, resume_from="auto", parallel="data")
-        assert max(abs(a - b) for a, b in zip(losses(whole.folder), losses(folder))) < 1e-4
+        apart = max(abs(a - b) for a, b in zip(losses(whole.folder), losses(folder)))
+        assert apart < 1e-4, (name, mode, apart)
 
 
 @pytest.mark.slow
@@ -125,6 +145,17 @@ def test_a_killed_process_ends_the_job_and_leaves_a_checkpoint(tmp_path):
     run = alone("slm", tmp_path / "run", resume_from="auto", max_steps=last[-1] + 2,
                 parallel="data")
     assert Run(run.folder).steps()[-1] == last[-1] + 2
+
+
+def test_the_plan_is_the_one_of_the_entry():
+    before = families["mot"]
+    plan = {**before.parallel_plan, "not_tensor": "this entry says so"}
+    try:
+        register(replace(before, parallel_plan=plan))
+        with pytest.raises(ConfigError, match="this entry says so"):
+            check_parallel(before.build(vocab_size=259), "tensor", 2)
+    finally: register(before)
+    assert before.parallel == ("data", "sharded")
 
 
 def test_what_a_family_does_not_admit_is_said():

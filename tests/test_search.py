@@ -2,17 +2,20 @@
 import itertools
 import json
 import math
+import re
 
 import numpy as np
 import pytest
 import torch
+from shell import refused
 
 from sprout_lab.configs import ConfigError
+from sprout_lab.data.series import SampleEncoder, SeriesSample, collate
 from sprout_lab.data.tokenizers import ByteTokenizer
 from sprout_lab.decoding.branches import MeteredEngine, make_store
 from sprout_lab.decoding.rewards import RewardError, batched, make_reward
 from sprout_lab.decoding.search import METHODS, compare, search
-from sprout_lab.decoding.search_tree import all_nodes, choose, soft_value, tilt
+from sprout_lab.decoding.search_tree import all_nodes, choose, path_of, soft_value, tilt
 from sprout_lab.families import families
 from sprout_lab.models.transformer import TransformerConfig, TransformerForCausalLM
 
@@ -198,26 +201,31 @@ def test_a_rollout_reads_no_more_than_its_new_tokens(model, tokenizer):
         if method in TREES: assert found.root.visits == 50
 
 
-def walk_in_random_order(model, seed: int = 0, nodes: int = 12) -> float:
-    "Grow a tree of states in random order; the largest difference to reading each text whole."
-    random, worst = np.random.default_rng(seed), 0.0
-    vocabulary = model.config.vocab_size
-    prompt = random.integers(0, vocabulary, 9).tolist()
-    engine = MeteredEngine(model)
-    store = make_store(engine, engine.read_prompt(prompt, 32), 32)
+def walk_from(engine, root, whole, capacity: int = 128, nodes: int = 12) -> float:
+    """Grow a tree of states from a prompt's in random order; the largest difference to
+    `whole(text)`, the logits after reading the prompt and a text at once."""
+    random, worst, store = np.random.default_rng(0), 0.0, make_store(engine, root, capacity)
     texts, places = [()], [()]
     for _ in range(nodes):
         rows = random.integers(0, len(texts), random.integers(1, 5)).tolist()
-        tokens = random.integers(0, vocabulary, len(rows)).tolist()
+        tokens = random.integers(0, engine.model.config.vocab_size, len(rows)).tolist()
         parents = [places[row] for row in rows]
         state = engine.step(store.load(parents), tokens)
         places += store.save(state, parents)
         texts += [texts[row] + (token,) for row, token in zip(rows, tokens)]
-        for text, logits in zip(texts[-len(rows):], state.logits):
-            with torch.no_grad(): whole = model(torch.tensor([prompt + list(text)])).logits[0, -1]
-            worst = max(worst, float((logits - whole).abs().max()))
+        with torch.no_grad():
+            for text, logits in zip(texts[-len(rows):], state.logits):
+                worst = max(worst, float((logits - whole(text)).abs().max()))
     assert max(map(len, texts)) > 2
     return worst
+
+
+def walk_in_random_order(model) -> float:
+    "`walk_from` a prompt of ids."
+    prompt = np.random.default_rng(1).integers(0, model.config.vocab_size, 9).tolist()
+    engine = MeteredEngine(model)
+    return walk_from(engine, engine.read_prompt(prompt, 32),
+                     lambda text: model(torch.tensor([prompt + list(text)])).logits[0, -1], 32)
 
 
 @pytest.mark.parametrize("family", CAUSAL)
@@ -225,6 +233,69 @@ def test_cached_is_uncached_in_any_order(family):
     torch.manual_seed(0)
     model = families[family].build(vocab_size=64, objective="causal").eval()
     assert walk_in_random_order(model) < 1e-4
+
+
+def series_model(form: str = "soft_prompt"):
+    "A small model that reads series, its weights far from even."
+    torch.manual_seed(0)
+    model = families["tslm"].build(form=form, hidden_size=32, num_hidden_layers=2,
+                                   num_attention_heads=2, encoder_num_layers=1).eval()
+    with torch.no_grad():
+        for p in model.parameters(): p.add_(0.1 * torch.randn_like(p))
+    return model
+
+
+def question(order: int = 1) -> SeriesSample:
+    """Two series in words and numbers; `order` -1: each of them backwards, which leaves its mean, its
+    deviation and so every word of the prompt as they are."""
+    values = [np.sin(np.arange(19) / 2) + np.arange(19) / 9, np.arange(12.0) ** 2]
+    return SeriesSample("Look.", ["one", "two"], [v[::order].copy() for v in values], "Which?")
+
+
+@pytest.mark.parametrize("form", ("soft_prompt", "flamingo"))
+def test_a_search_reads_its_series(form, tokenizer):
+    model = series_model(form)
+    search_of = lambda prompt: search(model, tokenizer, prompt, low_bytes, rollouts=12,
+                                      max_new_tokens=5, batch_size=4)
+    found, again, backwards = map(search_of, (question(), question(), question(-1)))
+    assert found.root.visits == 12 and low_bytes("", found.text) == found.reward
+    assert found.cost.tokens_evaluated <= 12 * 5 and found.samples == again.samples
+    difference = found.root.log_probs - backwards.root.log_probs
+    assert float(difference.abs().max()) > 1e-2
+    encoder = SampleEncoder(tokenizer, 4, form == "soft_prompt")
+    read = [len(encoder.encode(question(order), answer=False).ids) for order in (1, -1)]
+    assert [found.cost.prefix_tokens, backwards.cost.prefix_tokens] == read
+
+
+def test_a_series_may_be_embeddings_and_zeroing_it_changes_the_root(tokenizer):
+    model = series_model()
+    row = SampleEncoder(tokenizer).encode(question(), answer=False)
+    batch = collate([row])
+    given = {name: batch[name] for name in ("input_ids", "patch_places", "series_lengths")}
+    with torch.no_grad():
+        embeds = model.embed(series=batch["series"], **given)
+        zeroed = model.embed(series=torch.zeros_like(batch["series"]), **given)
+    found = [search(model, tokenizer, prompt, low_bytes, rollouts=12, max_new_tokens=5)
+             for prompt in (question(), embeds, zeroed)]
+    assert torch.allclose(found[0].root.log_probs, found[1].root.log_probs, atol=1e-4)
+    assert float((found[0].root.log_probs - found[2].root.log_probs).abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize("form", ("soft_prompt", "flamingo"))
+def test_cached_is_uncached_after_series(form, tokenizer):
+    model, sample = series_model(form), question()
+    row = SampleEncoder(tokenizer, 4, form == "soft_prompt").encode(sample, answer=False)
+
+    def whole(text):
+        places = row.is_patch + [False] * len(text)
+        longer = row._replace(ids=row.ids + list(text), is_patch=places,
+                              targets=[-100] * len(places))
+        batch = collate([longer])
+        batch.pop("shift_labels")
+        return model(**batch, use_cache=False).logits[0, -1]
+    engine = MeteredEngine(model)
+    root = engine.read_prompt(sample, 128, tokenizer=tokenizer)
+    assert walk_from(engine, root, whole) < 1e-4
 
 
 @pytest.mark.parametrize("family", CAUSAL)
@@ -235,6 +306,14 @@ def test_every_causal_family_is_searched(family):
                    batch_size=5)
     assert low_bytes("To be", found.text) == found.reward and found.root.visits == 12
     assert found.cost.tokens_evaluated <= 12 * 5
+
+
+def test_cached_is_uncached_without_kernels(monkeypatch):
+    "As on a machine without a compiler: torch's attention takes the prompt's columns along."
+    monkeypatch.setattr("sprout_lab.kernels.decode.load_c", lambda *_: None)
+    assert walk_in_random_order(tiny()) < 1e-4
+    model = tiny().double()
+    assert walk_in_random_order(model) < 1e-9
 
 
 @pytest.mark.parametrize("kind", ("llama", "gpt2", "sliding"))
@@ -413,3 +492,41 @@ def test_wrong_settings_are_answered(model, tokenizer):
             search(model, tokenizer, "ab", low_bytes, **settings)
     masked = families["sprout"].build(vocab_size=259)
     with pytest.raises(ConfigError, match="causal"): search(masked, tokenizer, "ab", low_bytes)
+
+
+@pytest.mark.parametrize("family", ("transformer", "slm"))
+def test_what_a_tree_keeps_is_what_the_model_reads(family, tokenizer):
+    "Also of nodes that were never leaves: what they know was saved while a text ran through them."
+    torch.manual_seed(0)
+    model = families[family].build(vocab_size=256, objective="causal").eval()
+    found = search(model, tokenizer, "To be", low_bytes, rollouts=40, max_new_tokens=6, lam=30.0,
+                   batch_size=3, expansion_k=2)
+    known = [node for node in all_nodes(found.root) if node.log_probs is not None]
+    assert max(node.depth for node in known) > 2 and len(known) > 10
+    for node in known[::3]:
+        path = [one.token for one in path_of(node)[1:]]
+        with torch.no_grad():
+            logits = model(torch.tensor([tokenizer.encode("To be") + path])).logits
+        assert torch.allclose(node.log_probs, logits[0, -1].log_softmax(-1), atol=1e-4)
+
+
+def test_a_mask_keeps_every_text_in_form(model, tokenizer):
+    pytest.importorskip("llguidance")
+    from sprout_lab.decoding.masks import regex_mask
+    mask = regex_mask(tokenizer, "[a-c]{2,4}!")
+    for method in ("greedy", "sample", "best_of_n"):
+        found = search(model, tokenizer, "ab", low_bytes, method=method, rollouts=20,
+                       max_new_tokens=9, mask=mask)
+        assert all(re.fullmatch("[a-c]{2,4}!", one.text) for one in found.completions)
+        assert found.reward == low_bytes("ab", found.text)
+    ids = torch.tensor([tokenizer.encode("ab") + found.ids])
+    with torch.no_grad(): rows = model(ids).logits[0, 1:-1].log_softmax(-1)
+    own = float(rows.gather(-1, ids[0, 2:, None]).sum())       # the model's, not the mask's
+    assert found.logprob == pytest.approx(own, abs=1e-3)
+    with pytest.raises(ConfigError, match="takes none"):
+        search(model, tokenizer, "ab", low_bytes, method="dts", mask=mask)
+
+
+def test_the_benchmark_is_found_by_its_name():
+    assert "choose from speed, large" in refused("bench search --only sped")
+    assert "a clone of SpecDiffTree" in refused("bench search --peer specdifftree=/nowhere")

@@ -662,18 +662,19 @@ import os, sys, torch, torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 sys.path.insert(0, {tests!r})
 from test_sprout import batch, build
+from sprout_lab.models.shared_batch import batch_shared_by
 processes = int(os.environ.get("WORLD_SIZE", 1))
 if processes > 1: dist.init_process_group("gloo")
 rank = dist.get_rank() if processes > 1 else 0
-model = build(compatibility_threshold=1.0, max_nodes=5, router_balance=0.0)
+model = build(compatibility_threshold=1.0, max_nodes=5, router_balance=0.1)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 wrapped = DistributedDataParallel(model) if processes > 1 else model
 for step in range(24):
     whole = batch(rows=8, seed=step)
     rows = slice(rank * 8 // processes, (rank + 1) * 8 // processes)
     labels = whole["labels"]
-    count = (labels != -100).sum() / processes
-    out = wrapped(input_ids=whole["input_ids"][rows], labels=labels[rows], num_items_in_batch=count)
+    with batch_shared_by(processes):
+        out = wrapped(input_ids=whole["input_ids"][rows], labels=labels[rows])
     optimizer.zero_grad(); out.loss.backward(); optimizer.step()
     if step % 5 == 4:
         events = model.grow(optimizer=optimizer, step=step)

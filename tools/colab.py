@@ -1,5 +1,6 @@
-"""colab/<family>.ipynb for every family of the register, from tools/colab_template.ipynb. `--check`
-only says whether they are in step.
+"""colab/<family>.ipynb for every family of the register, from tools/colab_template.ipynb, and
+colab/compare.ipynb from tools/colab_compare_template.ipynb. `--check` only says whether they are in
+step.
 
 A cell of the template stands in every notebook, unless a tag says otherwise: `objective:NAME` for
 families of that objective, `picture:NAME` for families that
@@ -7,7 +8,9 @@ have that picture, `each-picture` once for each of a family's pictures. `{{name}
 of the family, of the picture, or of the address in
 settings.ini."""
 import json
+import re
 import sys
+import textwrap
 
 from readme import address, root
 
@@ -18,6 +21,10 @@ from sprout_lab.families import SIZES, families
 from sprout_lab.objectives import FillsGaps, get_objective
 
 TEMPLATE = root / "tools" / "colab_template.ipynb"
+COMPARE = root / "tools" / "colab_compare_template.ipynb"
+
+
+NOTEBOOKS = (*families, "compare")
 
 
 def own_settings(family) -> dict[str, str]:
@@ -50,6 +57,23 @@ def words_of(family) -> dict[str, str]:
             "own_words": f" The family's own:\n{listed}." if own else ""}
 
 
+def colab_links() -> dict[str, str]:
+    "Each family's notebook as a link that opens it in Colab."
+    where = address()
+    colab = "https://colab.research.google.com/github/"
+    colab += f"{where['user']}/{where['repo']}/blob/{where['branch']}/colab"
+    return {name: f"[{family.title}]({colab}/{name}.ipynb)" for name, family in families.items()}
+
+
+def comparison_facts() -> dict[str, str]:
+    "What the places stand for in the notebook that compares all families."
+    sizes = [size for size in SIZES if all(size in f.presets for f in families.values())]
+    return {**address(), "name": "compare", "size_menu": json.dumps(sizes),
+            "corpus_menu": json.dumps(list(corpora)), "families": ", ".join(families),
+            "corpora": ", ".join(f"`{corpus}`" for corpus in corpora),
+            "links": f"- One family alone: {', '.join(colab_links().values())}"}
+
+
 def facts(name: str) -> dict[str, str]:
     "What the template's places stand for, for a family."
     family, where = families[name], address()
@@ -58,11 +82,11 @@ def facts(name: str) -> dict[str, str]:
     pages = [(f"nbs/guides/{name}.ipynb", "The guide"),
              (f"nbs/models/{name}.ipynb", "The model, built piece by piece")]
     links = [f"- {title}: [{page}]({at}/{page})" for page, title in pages if (root / page).exists()]
-    sets = list(corpora if family.default_data in corpora else series_sets)
-    colab = "https://colab.research.google.com/github/"
-    colab += f"{where['user']}/{where['repo']}/blob/{where['branch']}/colab"
-    others = [f"[{other.title}]({colab}/{key}.ipynb)" for key, other in families.items()
-              if key != name]
+    reads_text = family.default_data in corpora
+    sets = list(corpora if reads_text else series_sets)
+    listed = ", ".join(f"`{corpus}`" for corpus in sets)
+    own_file = ", or the path of a text file that you have uploaded" if reads_text else ""
+    others = [link for key, link in colab_links().items() if key != name]
     links.append(f"- The same with another family: {', '.join(others)}")
     grows = "growth_warmup" in family.config_class.settings.model_fields
     return {
@@ -72,7 +96,7 @@ def facts(name: str) -> dict[str, str]:
                                                                              "The "),
         "gpu_size": sizes[min(1, len(sizes) - 1)], "cpu_size": sizes[0],
         "size_menu": json.dumps(["auto", *sizes]), "corpus_menu": json.dumps(sets),
-        "corpora": ", ".join(f"`{corpus}`" for corpus in sets), "links": "\n".join(links),
+        "data_words": f"A corpus is {listed}{own_file}.", "links": "\n".join(links),
         "quick": ',\n                 "growth_warmup": 8, "growth_interval": 8' if grows else ""}
 
 
@@ -98,13 +122,38 @@ def cells_of(family) -> list[tuple[dict, dict]]:
     return chosen
 
 
+def wrapped(text: str, width: int = 100) -> str:
+    """Markdown whose paragraphs, made longer by what was put in, are broken at `width`; headings,
+    lists, quotations and pictures stay."""
+    made, paragraph = [], []
+    for line in [*text.split("\n"), ""]:
+        if line and line[0] not in "#>-![| ": paragraph.append(line); continue
+        if max(map(len, paragraph), default=0) > width:
+            # what stands in code is not broken
+            whole = re.sub(r"`[^`]*`", lambda code: code[0].replace(" ", "\0"), " ".join(paragraph))
+            broken = textwrap.wrap(whole, width, break_long_words=False, break_on_hyphens=False)
+            paragraph = [part.replace("\0", " ") for part in broken]
+        made += [*paragraph, line]
+        paragraph = []
+    return "\n".join(made[:-1])
+
+
 def notebook(name: str) -> str:
     "The text of colab/<name>.ipynb."
-    places, cells = facts(name), []
-    for number, (cell, more) in enumerate(cells_of(families[name])):
+    if name == "compare":
+        plain = [(cell, {}) for cell in json.loads(COMPARE.read_text(encoding="utf-8"))["cells"]]
+        return filled(comparison_facts(), plain)
+    return filled(facts(name), cells_of(families[name]))
+
+
+def filled(places: dict[str, str], chosen: list[tuple[dict, dict]]) -> str:
+    "A notebook of cells with what their places stand for."
+    cells = []
+    for number, (cell, more) in enumerate(chosen):
         text = "".join(cell["source"])
         for place, value in {**places, **more}.items():
             text = text.replace("{{" + place + "}}", value)
+        if cell["cell_type"] == "markdown": text = wrapped(text)
         metadata = {key: value for key, value in cell["metadata"].items() if key != "tags"}
         cells.append({**cell, "id": f"cell-{number:02d}", "metadata": metadata,
                       "source": text.splitlines(keepends=True)})
@@ -115,7 +164,7 @@ def notebook(name: str) -> str:
 def out_of_step() -> list[str]:
     """The notebooks in colab/ that are not what the template says: missing, different, or of no
     family."""
-    made = {f"{name}.ipynb": notebook(name) for name in families}
+    made = {f"{name}.ipynb": notebook(name) for name in NOTEBOOKS}
     there = {path.name: path.read_text(encoding="utf-8")
              for path in (root / "colab").glob("*.ipynb")}
     return sorted(name for name in {*made, *there} if made.get(name) != there.get(name))
@@ -127,7 +176,7 @@ if __name__ == "__main__":
         if names: sys.exit(f"not what the template says (run tools/colab.py): {names}")
     else:
         (root / "colab").mkdir(exist_ok=True)
-        for name in families:
+        for name in NOTEBOOKS:
             (root / "colab" / f"{name}.ipynb").write_text(notebook(name), encoding="utf-8")
         for path in (root / "colab").glob("*.ipynb"):
-            if path.stem not in families: path.unlink()
+            if path.stem not in NOTEBOOKS: path.unlink()

@@ -14,8 +14,11 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from ..configs import ConfigError
+from ..data.series import SeriesSample
+from .answers import prefill_samples
 from .engine import DecodingState, Engine, new_cache
-from ..models.cache import KeyValueCache, KeyValueLayer
+from ..models.cache import (
+    KeyValueCache, KeyValueLayer, PrefixedCache, append_columns)
 from ..models.recurrent import RecurrentCache
 
 # %% ../../nbs/decoding/branches.ipynb #47d0eca9
@@ -53,9 +56,13 @@ class MeteredEngine(Engine):
         self.cost.seconds = time.perf_counter() - self._begun
         return state
 
-    def read_prompt(self, prompt, capacity: int, inputs: dict | None = None) -> DecodingState:
-        """The state after one prompt: a list of ids, or embeddings `(1, length, hidden_size)`."""
-        if torch.is_tensor(prompt): state = self.prefill_embeds(prompt, capacity, inputs)
+    def read_prompt(self, prompt, capacity: int, inputs: dict | None = None,
+                    tokenizer=None) -> DecodingState:
+        """The state after one prompt: a list of ids, embeddings `(1, length, hidden_size)`, or a
+        `SeriesSample`, which needs the `tokenizer`."""
+        if isinstance(prompt, SeriesSample):
+            state = prefill_samples(self, [prompt], tokenizer, capacity)
+        elif torch.is_tensor(prompt): state = self.prefill_embeds(prompt, capacity, inputs)
         else: state = self.prefill([prompt], capacity, inputs=inputs)
         self.cost.forward_calls += 1
         self.cost.prefix_tokens += state.longest
@@ -65,52 +72,47 @@ class MeteredEngine(Engine):
 class ColumnStore:
     """Keys and values of a prompt and of tokens after it, a column each. A place is the tuple of
     the columns of a text's own tokens, `()` the prompt's."""
+    saves_many = True   # tokens at once
 
     def __init__(self, engine: Engine, root: DecodingState, capacity: int):
         self.engine, self.capacity, self.inputs, self.kept = engine, capacity, root.inputs, 0
-        self.prefix, self.used, self.size = root.longest, root.longest, 2 * root.longest + 64
+        self.prefix, self.used, self.size = root.longest, 0, 256
         self.device = root.lengths.device
-        self.tables = []   # per layer: keys and values, (size, kv_heads, head_dim) each
-        for pair in _columns(root.cache, 0, root.longest):
-            self.tables.append([self._grown(t[0].transpose(0, 1)) for t in pair])
+        # per layer: the prompt's keys and values, (1, kv_heads, prefix, head_dim) each …
+        self.prompt = [[t.contiguous() for t in pair]
+                       for pair in _columns(root.cache, 0, root.longest)]
+        # … and those of what follows, (size, kv_heads, head_dim) each
+        self.tables = [[_grown(t[0, :, :0].transpose(0, 1), self.size) for t in pair]
+                       for pair in self.prompt]
+        self.shares = type(root.cache) is KeyValueCache
 
-    def _grown(self, columns):
-        table = columns.new_zeros(self.size, *columns.shape[1:])
-        table[:len(columns)] = columns
-        return table
-
-    def save(self, state: DecodingState, parents: list[tuple]) -> list[tuple]:
-        "The places of a state's rows after one more token each; `parents`: their places before it."
-        start, self.used = self.used, self.used + len(parents)
+    def save(self, state: DecodingState, parents: list[tuple], count: int = 1) -> list[tuple]:
+        """The places of a state's rows after their last `count` tokens; `parents`: their places
+        before those. A row's columns stand beside each other, so that the places on its way are
+        beginnings of the last one."""
+        start, rows = self.used, len(parents)
+        self.used += rows * count
         if self.used > self.size:
             self.size = 2 * self.used
-            self.tables = [[self._grown(t) for t in pair] for pair in self.tables]
-        for tables, pair in zip(self.tables, _columns(state.cache, -1)):
-            for table, new in zip(tables, pair): table[start:self.used] = new[:, :, 0]
-        return [parent + (start + row,) for row, parent in enumerate(parents)]
+            self.tables = [[_grown(t, self.size) for t in pair] for pair in self.tables]
+        for tables, pair in zip(self.tables, _columns(state.cache, -count, count)):
+            for table, new in zip(tables, pair):                              # (rows, heads, n, D)
+                table[start:self.used].unflatten(0, (rows, count)).copy_(new.transpose(1, 2))
+        return [parent + tuple(range(start + row * count, start + (row + 1) * count))
+                for row, parent in enumerate(parents)]
 
     def load(self, places: list[tuple]) -> DecodingState:
         "A state with a row per place, without logits: they come with its next token."
-        longest = max(map(len, places))
-        width, rows = self.prefix + longest, len(places)
-        prompt = list(range(self.prefix))
-        index = [[0] * (longest - len(p)) + prompt + list(p) for p in places]
-        index = torch.tensor(index, device=self.device).flatten()             # (rows·width,)
-        cache = new_cache(self.engine.model, rows, max(self.capacity, width))
-        for layer, tables in enumerate(self.tables):
-            pair = [t[index].unflatten(0, (rows, width)).transpose(1, 2) for t in tables]
-            cache.update(*pair, layer)                                        # (rows, heads, W, D)
-        return self._with_mask(cache, places, longest)
-
-    def _with_mask(self, cache, places, longest: int) -> DecodingState:
-        lengths = torch.tensor([self.prefix + len(p) for p in places], device=self.device)
-        width, mask = self.prefix + longest, None
-        if int(lengths.min()) < width:
-            room = torch.arange(max(self.capacity, width), device=self.device)
-            mask = room >= (width - lengths)[:, None]
-        nothing = torch.empty(len(places), 0, device=self.device)
-        inputs = _rows_of(self.inputs, len(places))
-        return DecodingState(nothing, lengths, cache, mask, width, width, inputs)
+        rows, longest = len(places), max(map(len, places))
+        index = _right_aligned(places, longest).to(self.device)               # (rows, n)
+        room = max(self.capacity, self.prefix + longest)
+        if self.shares: cache = PrefixedCache(self.prompt, rows, room - self.prefix)
+        else: cache = new_cache(self.engine.model, rows, room)
+        for layer, tables, prompt in zip(range(len(self.tables)), self.tables, self.prompt):
+            own = [t[index].transpose(1, 2) for t in tables]                  # (rows, heads, n, D)
+            if self.shares: append_columns(cache.layers[layer], *own)
+            else: cache.update(*_behind(prompt, own), layer)
+        return _masked_state(self, cache, places, longest, room)
 
 # %% ../../nbs/decoding/branches.ipynb #4c46f38f
 def _columns(cache, start: int, count: int = 1):
@@ -119,6 +121,33 @@ def _columns(cache, start: int, count: int = 1):
         pair = layer.filled() if hasattr(layer, "filled") else [layer.keys, layer.values]
         begin = start % pair[0].shape[2]
         yield [t.narrow(2, begin, count) for t in pair]
+
+def _grown(columns, size: int):
+    "Columns `(n, heads, dim)` at the beginning of a table of `size`."
+    table = columns.new_zeros(size, *columns.shape[1:])
+    table[:len(columns)] = columns
+    return table
+
+def _behind(prompt, own) -> list:
+    "Columns `(rows, heads, n, dim)` behind those of one prompt."
+    return [torch.cat([t.expand(len(new), -1, -1, -1), new], 2) for t, new in zip(prompt, own)]
+
+# %% ../../nbs/decoding/branches.ipynb #4be72ce5
+def _right_aligned(places: list[tuple], longest: int) -> torch.Tensor:
+    "Places as rows of one length, zeros before them, `(rows, longest)`."
+    return torch.tensor([[0] * (longest - len(place)) + list(place) for place in places],
+                        dtype=torch.long).view(len(places), longest)
+
+def _masked_state(store: ColumnStore, cache, places, longest: int, room: int) -> DecodingState:
+    "The state of a loaded cache; shorter places are padded behind the prompt, alike in all rows."
+    own = torch.tensor([len(place) for place in places], device=store.device)
+    width, mask = store.prefix + longest, None
+    if int(own.min()) < longest:
+        behind = torch.arange(room, device=store.device) - store.prefix
+        mask = (behind < 0) | (behind >= (longest - own)[:, None])
+    nothing = torch.empty(len(places), 0, device=store.device)
+    inputs = _rows_of(store.inputs, len(places))
+    return DecodingState(nothing, store.prefix + own, cache, mask, width, width, inputs)
 
 def _rows_of(inputs: dict | None, rows: int) -> dict | None:
     "The inputs of one prompt, for each of so many rows."
@@ -129,11 +158,12 @@ def _rows_of(inputs: dict | None, rows: int) -> dict | None:
 # %% ../../nbs/decoding/branches.ipynb #419bbde3
 class RowStore:
     "States as their own cache keeps them. A place is (a state, its row)."
+    saves_many = False
 
     def __init__(self, engine: Engine, root: DecodingState, capacity: int):
         self.engine, self.root, self.kept = engine, root, 0
 
-    def save(self, state: DecodingState, parents: list) -> list[tuple]:
+    def save(self, state: DecodingState, parents: list, count: int = 1) -> list[tuple]:
         "The places of a state's rows; what they came from need not be known here."
         kept = _snapshot(self.engine, state)
         return [(kept, row) for row in range(len(state))]
@@ -175,8 +205,8 @@ def _picked(inputs: dict | None, index) -> dict | None:
 
 # %% ../../nbs/decoding/branches.ipynb #532353f5
 def make_store(engine: Engine, root: DecodingState, capacity: int) -> ColumnStore | RowStore:
-    """The store that fits a model's cache, holding the prompt. `capacity`: tokens of a text at most,
-    prompt included."""
+    """The store that fits a model's cache, holding the prompt. `capacity`: tokens of a text at
+    most, prompt included."""
     cache, kinds = root.cache, (KeyValueLayer, DynamicLayer)
     plain = type(cache) in (KeyValueCache, DynamicCache)
     if plain and all(type(layer) in kinds for layer in cache.layers):

@@ -18,6 +18,8 @@ import torch
 from ..configs import ConfigError, Settings, nearest, setting
 from .branches import (
     Cost, MeteredEngine, joinable, keeps_steps, make_store)
+from ..data.series import SeriesSample
+from .answers import encoder_of
 from .engine import DecodingState
 from .forecasts import Spectral
 from .rewards import score_written
@@ -79,19 +81,25 @@ class SearchConfig(Settings):
 # %% ../../nbs/decoding/search.ipynb #32ce24ab
 @dataclass
 class Prompt:
-    """What is continued. `read`: ids or embeddings `(1, length, hidden_size)`, for the engine;
-    `text`: what the reward is told; `context`: ids whose text a completion goes on from."""
+    """What is continued. `read`: ids, embeddings `(1, length, hidden_size)` or a `SeriesSample`,
+    for the engine; `text`: what the reward is told; `context`: ids whose text a completion goes on
+    from."""
     read: object
     text: object
     context: list[int]
 
-    @property
-    def length(self) -> int:
-        return self.read.shape[1] if torch.is_tensor(self.read) else len(self.read)
+    def length(self, model, tokenizer) -> int:
+        "Columns that the model reads."
+        if not isinstance(self.read, SeriesSample):
+            return self.read.shape[1] if torch.is_tensor(self.read) else len(self.read)
+        return len(encoder_of(model, tokenizer).encode(self.read, answer=False).ids)
 
 def as_prompt(prompt, tokenizer, text=None) -> Prompt:
-    """A `Prompt` from a text, ids, or embeddings `([1,] length, hidden_size)`. `text`: for the
-    reward."""
+    """A `Prompt` from a text, ids, embeddings `([1,] length, hidden_size)`, or a question about
+    series. `text`: for the reward."""
+    if isinstance(prompt, SeriesSample):
+        words = "\n".join([prompt.pre_prompt, *prompt.time_series_text, prompt.post_prompt])
+        return Prompt(prompt, words.strip() if text is None else text, [])
     if isinstance(prompt, str):
         ids = prompt_ids(tokenizer, prompt)
         return Prompt(ids, prompt if text is None else text, ids[-8:])
@@ -179,19 +187,19 @@ class Writer:
     "A prompt that was read, and how texts are drawn from it."
 
     def __init__(self, model, tokenizer, prompt, reward, config: SearchConfig, inputs=None,
-                 text=None, guide=None):
+                 text=None, guide=None, mask=None):
         _check_causal(model)
-        self.config, self.guide = config, guide
+        self.config, self.guide, self.mask = config, guide, mask
         self.engine = MeteredEngine(model, config.token_budget)
         self.prompt = as_prompt(prompt, tokenizer, text)
         self.ends = end_tokens(tokenizer, model) | _stop_tokens(tokenizer, config.stop)
         self.findings = Findings(self.prompt, reward, tokenizer, self.ends, model)
-        self.longest, self.capacity = (config.max_new_tokens,
-                                       self.prompt.length + config.max_new_tokens)
-        _check_room(self.engine.max_length, self.prompt.length, config)
+        length = self.prompt.length(model, tokenizer)
+        self.longest, self.capacity = config.max_new_tokens, length + config.max_new_tokens
+        _check_room(self.engine.max_length, length, config)
         self.generator = torch.Generator().manual_seed(config.seed)
         self.random = np.random.default_rng(config.seed)
-        self.root = self.engine.read_prompt(self.prompt.read, self.capacity, inputs)
+        self.root = self.engine.read_prompt(self.prompt.read, self.capacity, inputs, tokenizer)
         _check_finite(self.root.logits)
 
     def log_probs(self, state: DecodingState) -> torch.Tensor:
@@ -238,27 +246,37 @@ def _check_room(limit: int | None, length: int, config: SearchConfig) -> None:
 
 # %% ../../nbs/decoding/search.ipynb #1b68d5ff
 def write_on(writer: Writer, state: DecodingState, started: list[tuple[list[int], list[float]]],
-             temperature: float | None = None, trail=None) -> list[tuple[list[int], list[float]]]:
-    """Write the rows of `state` to their ends: an end token, or `max_new_tokens`. `started`: (ids, log
-    p of each) of every row since the prompt; what comes back are those, finished."""
+             temperature: float | None = None, trail=None, lookahead=None) -> list:
+    """Write the rows of `state` to their ends: an end token, or `max_new_tokens`. `started`: (ids,
+    log p of each) of every row since the prompt; what comes back are those, finished.
+    `lookahead(writer, state, log_probs)`: a choice that reads on as it chooses; the state and the
+    tokens `(rows,)`."""
     temperature = writer.config.temperature if temperature is None else temperature
     texts, rows = [(list(ids), list(row)) for ids, row in started], list(range(len(started)))
+    mask = None if writer.mask is None else writer.mask.rows(len(rows), writer.ends)
     while True:
         log_probs = writer.log_probs(state)                                  # (rows, V)
         if trail is not None: trail.read(rows, state, log_probs)
-        tokens = writer.draw(log_probs, temperature)
-        gained = log_probs.gather(-1, tokens[:, None])[:, 0].tolist()
-        going = []
-        for place, (row, token, gain) in enumerate(zip(rows, tokens.tolist(), gained)):
-            texts[row][0].append(token)
-            texts[row][1].append(gain)
-            ended = token in writer.ends or len(texts[row][0]) >= writer.longest
-            if not ended: going.append(place)
+        allowed = log_probs if mask is None else mask.narrow(rows, texts, log_probs)
+        if lookahead is None: tokens = writer.draw(allowed, temperature)
+        else: state, tokens = lookahead(writer, state, allowed)
+        going = _note_tokens(writer, texts, rows, tokens, log_probs)
+        if trail is not None and len(going) < len(rows): trail.save(state)
         if not going: return texts
         if len(going) < len(rows):
             writer.engine.select(state, going)
             rows, tokens = [rows[place] for place in going], tokens[going]
-        writer.engine.step(state, tokens)
+        if lookahead is None: writer.engine.step(state, tokens)
+
+def _note_tokens(writer: Writer, texts: list, rows: list[int], tokens, log_probs) -> list[int]:
+    "Append a token and its log p to each row's text; the places of those that go on."
+    gained, going = log_probs.gather(-1, tokens[:, None])[:, 0].tolist(), []
+    for place, (row, token, gain) in enumerate(zip(rows, tokens.tolist(), gained)):
+        ids, token_logprobs = texts[row]
+        ids.append(token)
+        token_logprobs.append(gain)
+        if token not in writer.ends and len(ids) < writer.longest: going.append(place)
+    return going
 
 # %% ../../nbs/decoding/search.ipynb #51ce990f
 def run_samples(writer: Writer) -> list[tuple[Completion, float]]:
@@ -325,6 +343,7 @@ class Trail:
         self.store, self.depths = store, [leaf.depth for leaf in leaves]
         self.places, self.steps = [leaf.place for leaf in leaves], [{} for _ in leaves]
         self.begun = self.full = False
+        self.rows, self.waiting = [], []   # what was read and not saved yet: a log_probs each step
 
     def read(self, rows: list[int], state: DecodingState, log_probs: torch.Tensor) -> None:
         "Take note of a state whose rows have read one token more; what it begins with is known."
@@ -332,11 +351,21 @@ class Trail:
         self.full = self.full or self.store.kept + log_probs.numel() > self.most
         if self.full or not begun: return
         self.store.kept += log_probs.numel()
-        places = self.store.save(state, [self.places[row] for row in rows])
-        for row, place, log_p in zip(rows, places, log_probs):
-            self.depths[row] += 1
-            self.places[row] = place
-            self.steps[row][self.depths[row]] = place, log_p
+        self.rows = rows
+        self.waiting.append(log_probs)
+        if not self.store.saves_many: self.save(state)
+
+    def save(self, state: DecodingState) -> None:
+        "Save what was read since the last time, before a row of it goes."
+        waiting, self.waiting = self.waiting, []
+        if not waiting: return
+        before = [self.places[row] for row in self.rows]
+        for place, (row, last) in enumerate(zip(self.rows, self.store.save(state, before,
+                                                                           len(waiting)))):
+            self.places[row], known = last, len(last) - len(waiting)
+            for step, log_probs in enumerate(waiting, 1):
+                self.depths[row] += 1
+                self.steps[row][self.depths[row]] = last[:known + step], log_probs[place]
 
 # %% ../../nbs/decoding/search.ipynb #fe57dd1b
 _RULES = {"mcts": ("uct", "mean"), "dts": ("boltzmann", "soft"), "dts*": ("uct", "soft"),
@@ -498,21 +527,24 @@ def _towards(root: Node, completion: Completion | None) -> Node:
 
 # %% ../../nbs/decoding/search.ipynb #2b707973
 def search(model, tokenizer, prompt, reward=None, config: SearchConfig | None = None, *,
-           model_inputs: dict | None = None, prompt_text=None, value_head=None, watch=None,
-           **settings) -> SearchResult:
-    """Continue `prompt` (a text, ids, or `inputs_embeds`) by a search for a high `reward(prompt,
-    completion)`. `settings`: those of `SearchConfig`. `model_inputs`: further arguments of every
-    forward, tensors with one row; `prompt_text`: what the reward is told instead of the prompt;
-    `value_head`: guides the rollouts of s-adt; `watch(frame)`: is shown the tree after every batch.
+           model_inputs: dict | None = None, prompt_text=None, value_head=None, mask=None,
+           watch=None, **settings) -> SearchResult:
+    """Continue `prompt` (a text, ids, `inputs_embeds`, or a `SeriesSample`) by a search for a high
+    `reward(prompt, completion)`. `settings`: those of `SearchConfig`. `model_inputs`: further
+    arguments of every forward, tensors with one row; `prompt_text`: what the reward is told instead
+    of the prompt; `value_head`: guides the rollouts of s-adt; `mask`: a `TokenMask` of what greedy, sample and
+    best_of_n may write; `watch(frame)`: is shown the tree after every batch.
     Ctrl-C ends the search with the best completion so far."""
     values = {} if config is None else config.model_dump()
     stop = settings.get("stop")
-    if isinstance(stop, str): settings = {**settings, "stop": [stop]}
-    config = SearchConfig(**{**values, **settings})
+    if isinstance(stop, str): settings["stop"] = [stop]
+    config = SearchConfig(**(values | settings))
     method = method_named(config.method)
     reward = _reward_for(method, reward)
+    if mask is not None: _check_masked(method)
     guide = value_head.guide(config) if value_head is not None and method == "s-adt" else None
-    writer = Writer(model, tokenizer, prompt, reward, config, model_inputs, prompt_text, guide)
+    writer = Writer(model, tokenizer, prompt, reward, config, model_inputs, prompt_text, guide,
+                    mask)
     tree = TreeSearch(writer, watch) if method in _RULES else None
     run = tree.run if tree else lambda: (run_beams if method == "beam" else run_samples)(writer)
     interrupted = False
@@ -522,6 +554,11 @@ def search(model, tokenizer, prompt, reward=None, config: SearchConfig | None = 
         interrupted = True
         weighted = tree.samples() if tree else importance(writer.findings.drawn, config.lam)
     return _result(writer, method, tree, weighted, interrupted)
+
+def _check_masked(method: str) -> None:
+    if method in ("greedy", "sample", "best_of_n"): return
+    raise ConfigError(f"mask: {method} takes none; choose from greedy, sample, best_of_n, or make "
+                      f"what is wanted a reward")
 
 def _reward_for(method: str, reward):
     if callable(reward): return reward

@@ -7,13 +7,14 @@ __all__ = ['HiddenStates', 'Pairs', 'harvest', 'ValueHead', 'train_value_head', 
 
 # %% ../../nbs/decoding/value_heads.ipynb #241db567
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
 
 from ..configs import ConfigError
 from .engine import evaluating
-from .search import SearchConfig, SearchResult, Writer
+from .search import SearchConfig, SearchResult, Writer, write_on
 
 # %% ../../nbs/decoding/value_heads.ipynb #8564e279
 class HiddenStates:
@@ -115,23 +116,10 @@ class Guide:
 
     @torch.no_grad()
     def __call__(self, writer: Writer, state, started: list) -> list:
-        texts, rows = [(list(ids), list(row)) for ids, row in started], list(range(len(started)))
         with HiddenStates(writer.engine.model) as hidden:
-            while True:
-                log_probs = writer.log_probs(state)                          # (rows, V)
-                state, tokens = self.step(writer, state, log_probs, hidden)
-                gained = log_probs.gather(-1, tokens[:, None])[:, 0].tolist()
-                going = []
-                for place, (row, token, gain) in enumerate(zip(rows, tokens.tolist(), gained)):
-                    texts[row][0].append(token)
-                    texts[row][1].append(gain)
-                    ended = token in writer.ends or len(texts[row][0]) >= writer.longest
-                    if not ended: going.append(place)
-                if not going: return texts
-                if len(going) < len(rows): writer.engine.select(state, going)
-                rows = [rows[place] for place in going]
+            return write_on(writer, state, started, lookahead=partial(self.step, hidden))
 
-    def step(self, writer: Writer, state, log_probs, hidden: HiddenStates) -> tuple:
+    def step(self, hidden: HiddenStates, writer: Writer, state, log_probs) -> tuple:
         "The state after one token more per row, and the tokens `(rows,)`."
         count, lam = len(log_probs), writer.config.lam
         drawn = torch.stack([writer.draw(log_probs, writer.config.temperature)

@@ -10,6 +10,7 @@ import ctypes
 import functools
 import struct
 from array import array
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -26,7 +27,8 @@ from .elementwise import rms_norm_reference, rotary_reference
 class DecodeLayer(NamedTuple):
     """The tensors of one block. Matrices are `(out, in)`; `w3` is none without a gate, norms are
     none where there are none; `keys` and `values` are `(batch, kv_heads, capacity, head_dim)` and
-    are written at the new column (a `DecodeStep` is given them call by call)."""
+    are written at the new column. `prefix_keys` and `prefix_values`, where they are, stand before
+    them in every row and are only read."""
     q: Tensor                  # (width, width)
     k: Tensor                  # (kv_heads * head_dim, width)
     v: Tensor                  # (kv_heads * head_dim, width)
@@ -38,8 +40,15 @@ class DecodeLayer(NamedTuple):
     norm2: Tensor | None       # (width,)
     q_norm: Tensor | None      # (head_dim,)
     k_norm: Tensor | None      # (head_dim,)
-    keys: Tensor | None = None
+    keys: Tensor | None = None      # a `DecodeStep` is given them call by call
     values: Tensor | None = None
+    prefix_keys: Tensor | None = None     # (1, kv_heads, prefix, head_dim)
+    prefix_values: Tensor | None = None
+
+    @property
+    def prefix(self) -> int:
+        "Columns that all rows share."
+        return 0 if self.prefix_keys is None else self.prefix_keys.shape[2]
 
 # %% ../../nbs/kernels/decode.ipynb #1c8a60e5
 def _attention_reference(x, layer, num_heads, past, cos_sin, half, eps, mask):
@@ -51,8 +60,12 @@ def _attention_reference(x, layer, num_heads, past, cos_sin, half, eps, mask):
     if cos_sin is not None:
         cos, sin = (t.unsqueeze(-2) for t in cos_sin)                         # (rows, 1, d/2)
         q, k = (rotary_reference(t.unsqueeze(1), cos, sin, half).squeeze(1) for t in (q, k))
-    layer.keys[:, :, past], layer.values[:, :, past] = k, v
-    keys, values = layer.keys[:, :, :past + 1], layer.values[:, :, :past + 1]
+    own = past - layer.prefix
+    layer.keys[:, :, own], layer.values[:, :, own] = k, v
+    keys, values = layer.keys[:, :, :own + 1], layer.values[:, :, :own + 1]
+    if layer.prefix:
+        keys, values = (torch.cat([shared.expand(batch, -1, -1, -1), t], 2) for shared, t in
+                        ((layer.prefix_keys, keys), (layer.prefix_values, values)))
     keys, values = (t.repeat_interleave(num_heads // kv_heads, 1) for t in (keys, values))
     mask = None if mask is None else mask[:, None,
                                           None]                      # (batch, 1, 1, past+1)
@@ -283,7 +296,8 @@ static void rotate(float *x, const float *c, const float *s, int64_t heads, int6
 
 # %% ../../nbs/kernels/decode.ipynb #14be7d9a
 _MIX_C = r"""
-static void mix(const float *values, const float *s, float total, float *out, int64_t S, int64_t d) {
+static void mix(const float *values, const float *s, float total, float *out, int64_t S, int64_t d,
+                const int more) {
   int64_t c = 0;
   for (; c + 2 * N <= d; c += 2 * N) {
     vec one[4] = {{0}}, two[4] = {{0}};
@@ -298,24 +312,28 @@ static void mix(const float *values, const float *s, float total, float *out, in
       one[0] += *(const vec *)(values + i * d + c) * s[i];
       two[0] += *(const vec *)(values + i * d + c + N) * s[i];
     }
-    *(vec *)(out + c) = (one[0] + one[1] + (one[2] + one[3])) / total;
-    *(vec *)(out + c + N) = (two[0] + two[1] + (two[2] + two[3])) / total;
+    vec a = (one[0] + one[1] + (one[2] + one[3])) / total;
+    vec b = (two[0] + two[1] + (two[2] + two[3])) / total;
+    if (more) { a += *(const vec *)(out + c); b += *(const vec *)(out + c + N); }
+    *(vec *)(out + c) = a; *(vec *)(out + c + N) = b;
   }
   for (; c < d; c++) {
     float sum = 0;
     for (int64_t i = 0; i < S; i++) sum += values[i * d + c] * s[i];
-    out[c] = sum / total;
+    out[c] = (more ? out[c] : 0) + sum / total;
   }
 }
 """
 
 # %% ../../nbs/kernels/decode.ipynb #2fd80e6a
 _ATTEND_C = r"""
-static void attend(const float *keys, const float *values, const float *q, const uint8_t *mask,
-                   float *s, float *out, int64_t S, int64_t d) {
+static void attend(const float *first_keys, const float *first_values, int64_t P, const float *keys,
+                   const float *values, const float *q, const uint8_t *mask, float *s, float *out,
+                   int64_t S, int64_t d) {
   const float scale = 1.f / sqrtf((float)d);
   float largest = -INFINITY, total = 0;
-  score(keys, q, s, S, d);
+  if (P) score(first_keys, q, s, P, d);
+  score(keys, q, s + P, S - P, d);
   if (mask) for (int64_t i = 0; i < S; i++) if (!mask[i]) s[i] = -INFINITY;
   #pragma omp simd reduction(max:largest)
   for (int64_t i = 0; i < S; i++) largest = s[i] > largest ? s[i] : largest;
@@ -325,7 +343,9 @@ static void attend(const float *keys, const float *values, const float *q, const
     s[i] = e;
     total += e;
   }
-  mix(values, s, total == 0 ? 1 : total, out, S, d);
+  if (total == 0) total = 1;
+  if (P) mix(first_values, s, total, out, P, d, 0);
+  mix(values, s + P, total, out, S - P, d, P > 0);
 }
 """
 
@@ -348,9 +368,10 @@ static void add(float *x, const float *y, int64_t count) {
 
 # %% ../../nbs/kernels/decode.ipynb #0d6fb3e8
 _STEP_TYPES_C = r"""
-enum { Q, K_, V, O, W1, W2, W3, NORM1, NORM2, QNORM, KNORM, KEYS, VALUES, POINTERS };
+enum { Q, K_, V, O, W1, W2, W3, NORM1, NORM2, QNORM, KNORM, KEYS, VALUES, FIRST_KEYS,
+       FIRST_VALUES, POINTERS };
 typedef struct {
-  int64_t B, D, H, G, d, FF, past, capacity;
+  int64_t B, D, H, G, d, FF, past, prefix, capacity;
   const float *cosine, *sine;
   int64_t tables, halves;
   const uint8_t *mask;
@@ -363,7 +384,7 @@ typedef struct {
 # %% ../../nbs/kernels/decode.ipynb #b4d163f9
 _ATTENTION_C = r"""
 static void attention_of_row(const step *t, float *const *p, int64_t b) {
-  const int64_t d = t->d, G = t->G, group = t->H / G;
+  const int64_t d = t->d, G = t->G, group = t->H / G, P = t->prefix, own = t->past - P;
   float *q = t->q + b * t->D, *k = t->k + b * G * d, *v = t->v + b * G * d;
   if (t->tables) {
     const int64_t row = (t->tables > 1 ? b : 0) * (d / 2);
@@ -374,10 +395,13 @@ static void attention_of_row(const step *t, float *const *p, int64_t b) {
   for (int64_t g = 0; g < G; g++) {
     float *keys = p[KEYS] + (b * G + g) * t->capacity * d;
     float *values = p[VALUES] + (b * G + g) * t->capacity * d;
-    memcpy(keys + t->past * d, k + g * d, d * sizeof(float));
-    memcpy(values + t->past * d, v + g * d, d * sizeof(float));
+    memcpy(keys + own * d, k + g * d, d * sizeof(float));
+    memcpy(values + own * d, v + g * d, d * sizeof(float));
+    const float *first_keys = P ? p[FIRST_KEYS] + g * P * d : 0;
+    const float *first_values = P ? p[FIRST_VALUES] + g * P * d : 0;
     for (int64_t h = g * group; h < (g + 1) * group; h++)
-      attend(keys, values, q + h * d, mask, t->scores, t->mixed + b * t->D + h * d, t->past + 1, d);
+      attend(first_keys, first_values, P, keys, values, q + h * d, mask, t->scores,
+             t->mixed + b * t->D + h * d, t->past + 1, d);
   }
 }
 static void attention(const step *t, float *const *p, const float *in) {
@@ -415,11 +439,12 @@ static void layer(const step *t, float *x, float *const *p, int64_t norms) {
 }
 // x (B, D) in and out
 void decode_step(float *x, float *const *pointers, int64_t L, int64_t B, int64_t D, int64_t H,
-                 int64_t G, int64_t FF, int64_t past, int64_t capacity,
+                 int64_t G, int64_t FF, int64_t past, int64_t prefix, int64_t capacity,
                  const float *cosine, const float *sine, int64_t tables, int64_t halves,
                  int64_t norms, float eps, const uint8_t *mask, int64_t mask_stride,
                  const float *last, float *scratch) {
-  step t = {B, D, H, G, D / H, FF, past, capacity, cosine, sine, tables, halves, mask, mask_stride, eps};
+  step t = {B, D, H, G, D / H, FF, past, prefix, capacity, cosine, sine, tables, halves, mask,
+            mask_stride, eps};
   const int64_t kv = G * t.d;
   t.y = scratch; t.q = t.y + B * D; t.k = t.q + B * D; t.v = t.k + B * kv; t.mixed = t.v + B * kv;
   t.h1 = t.mixed + B * D; t.h3 = t.h1 + B * FF; t.scores = t.h3 + B * FF;
@@ -442,30 +467,39 @@ def _shapes(layer: DecodeLayer, x: Tensor, num_heads: int) -> DecodeLayer:
     (batch, width), head_dim = x.shape, x.shape[1] // num_heads
     (_, kv_heads, capacity, _), ff = layer.keys.shape, layer.w1.shape[0]
     kv_width, cache = kv_heads * head_dim, (batch, kv_heads, capacity, head_dim)
+    shared = (1, kv_heads, layer.prefix, head_dim)
     return DecodeLayer(q=(width, width), k=(kv_width, width), v=(kv_width, width), o=(width, width),
                        w1=(ff, width), w2=(width, ff), w3=(ff, width), norm1=(width,),
                        norm2=(width,),
-                       q_norm=(head_dim,), k_norm=(head_dim,), keys=cache, values=cache)
+                       q_norm=(head_dim,), k_norm=(head_dim,), keys=cache, values=cache,
+                       prefix_keys=shared, prefix_values=shared)
 
 def _optional(layer: DecodeLayer, norm: str) -> set:
     "The tensors that may be none."
     names = {"w3"} if norm != "none" else {"w3", "norm1", "norm2"}
-    without = layer.q_norm is None and layer.k_norm is None
-    return names | {"q_norm", "k_norm"} if without else names
+    for pair in (("q_norm", "k_norm"), ("prefix_keys", "prefix_values")):
+        if all(getattr(layer, name) is None for name in pair): names |= set(pair)
+    return names
 
-def _no_column(past: int, capacity: int) -> str:
-    return f"past={past}: the cache has the columns 0 to {capacity - 1}"
+def _check_column(past: int, layer: DecodeLayer) -> None:
+    "That the layer's keys have the column of a token after `past` others."
+    first, capacity = layer.prefix, layer.keys.shape[2]
+    if first <= past < first + capacity: return
+    raise IndexError(f"past={past}: the cache has the columns {first} to {first + capacity - 1}")
 
+# %% ../../nbs/kernels/decode.ipynb #46d10dd5
 def _check_layer(layer: DecodeLayer, x: Tensor, num_heads: int, past: int, norm: str) -> None:
     (batch, width), head_dim = x.shape, x.shape[1] // num_heads
     meaning = f"({batch}, kv_heads, capacity, {head_dim})"
     check_shape("keys", layer.keys, (batch, None, None, head_dim), meaning)
     check_shape("w1", layer.w1, (None, width), f"(ff, {width})")
-    _, kv_heads, capacity, _ = layer.keys.shape
+    kv_heads = layer.keys.shape[1]
     if not kv_heads or num_heads % kv_heads:
         raise ValueError(f"num_heads={num_heads}: must be a multiple of the {kv_heads} heads of "
                          f"keys")
-    if not 0 <= past < capacity: raise IndexError(_no_column(past, capacity))
+    if layer.prefix_keys is not None:
+        check_shape("prefix_keys", layer.prefix_keys, (1, kv_heads, None, head_dim))
+    _check_column(past, layer)
     optional = _optional(layer, norm)
     for name, tensor, shape in zip(layer._fields, layer, _shapes(layer, x, num_heads)):
         if tensor is None and name in optional: continue
@@ -560,17 +594,16 @@ def _table(x: Tensor, layers: list, num_heads: int, past: int, norm: str) -> byt
 def _c_function():
     "The function in C, which knows its arguments' types."
     run, size, address = load_c(DECODE_C, "decode").decode_step, ctypes.c_int64, ctypes.c_void_p
-    run.argtypes = [address, address, *[size] * 8, address, address, size, size, size,
+    run.argtypes = [address, address, *[size] * 9, address, address, size, size, size,
                     ctypes.c_float,
                     address, size, address, address]
     run.restype = None
     return run
 
-def _run_c(x, table, layers, keys, num_heads, past, cos_sin, half, norm, eps, mask, last_norm):
-    "`keys`: those of any layer."
-    x = x.contiguous().clone()
-    (batch, width), (_, kv_heads, capacity, _), ff = x.shape, keys.shape, layers[0].w1.shape[0]
-    if not 0 <= past < capacity: raise IndexError(_no_column(past, capacity))
+def _run_c(x, table, layers, num_heads, past, cos_sin, half, norm, eps, mask, last_norm):
+    x, first = x.contiguous().clone(), layers[0]
+    (batch, width), (_, kv_heads, capacity, _), ff = x.shape, first.keys.shape, first.w1.shape[0]
+    _check_column(past, first)
     scratch = torch.empty(batch * (3 * width + 2 * kv_heads * (width // num_heads) + 2 * ff)
                           + past + 1)
     tables = 0 if cos_sin is None else cos_sin[0].shape[0]
@@ -578,7 +611,8 @@ def _run_c(x, table, layers, keys, num_heads, past, cos_sin, half, norm, eps, ma
     shared = [None if t is None else t.contiguous() for t in shared]
     cos, sin, mask, last_norm = (None if t is None else t.data_ptr() for t in shared)
     _c_function()(x.data_ptr(), table, len(layers), batch, width, num_heads, kv_heads, ff, past,
-                  capacity, cos, sin, tables, half, _NORMS[norm], eps, mask, past + 1, last_norm,
+                  first.prefix, capacity, cos, sin, tables, half, _NORMS[norm], eps, mask, past + 1,
+                  last_norm,
                   scratch.data_ptr())
     return x
 
@@ -593,7 +627,7 @@ def decode_step(x: Tensor, layers: list[DecodeLayer], num_heads: int, past: int,
                 eps: float = 1e-5, mask: Tensor | None = None,
                 last_norm: Tensor | None = None) -> Tensor:
     """All `layers` for one new token per row: `x (batch, width)` → the same shape; keys and values
-    are written at column `past`.
+    are written at column `past`, which is counted from the prefix's first where there is one.
 
     `cos_sin`: cosines and sines `(batch or 1, head_dim/2)` for each row's position, or none;
     `half` as for `rotary`; `norm`: "pre", "post" or "none"; `mask (batch, past+1)`: True =
@@ -608,7 +642,7 @@ def decode_step(x: Tensor, layers: list[DecodeLayer], num_heads: int, past: int,
     _check_last_norm(last_norm, x)
     shared = num_heads, past, cos_sin, half, norm, eps, mask, last_norm
     if table is not None and (last_norm is None or last_norm.dtype == torch.float32):
-        return _run_c(x, table, layers, layers[0].keys, *shared)
+        return _run_c(x, table, layers, *shared)
     return decode_step_reference(x, layers, *shared)
 
 # %% ../../nbs/kernels/decode.ipynb #844f2bb6
@@ -624,41 +658,48 @@ def _same_place(checked: _Checked | None, tensors: list, addresses: list) -> boo
     return checked.layout.matches(tensors)
 
 # %% ../../nbs/kernels/decode.ipynb #9e6a73bf
-def _with_cache(layers: list, keys: list, values: list) -> list[DecodeLayer]:
-    if len(keys) == len(values) == len(layers):
-        return [layer._replace(keys=k, values=v) for layer, k, v in zip(layers, keys, values)]
-    given = f"{len(keys)} keys and {len(values)} values are given"
-    raise ValueError(f"{given}; each of the {len(layers)} layers has one of both")
+_CACHE = ("keys", "values", "prefix_keys", "prefix_values")
 
-def _table_of(step: "DecodeStep", x: Tensor, keys: list, values: list, past: int) -> bytes | None:
-    "As `_table`, which is asked where anything is not as it was at the call before."
+def _with_cache(layers: list, *cache: list) -> list[DecodeLayer]:
+    "`layers` with their keys, values and, where they are given, both parts of their prefix."
+    given = ", ".join(f"{len(part)} {name}" for part, name in zip(cache, _CACHE))
+    if any(len(part) != len(layers) for part in cache):
+        raise ValueError(f"{given} are given; each of the {len(layers)} layers has one of both")
+    return [layer._replace(**dict(zip(_CACHE, own))) for layer, *own in zip(layers, *cache)]
+
+def _table_of(step: "DecodeStep", x: Tensor, cache: tuple, past: int) -> bytes | None:
+    """As `_table`, which is asked where anything is not as it was at the call before. `cache`: the
+    layers' tensors of each name in `_CACHE`, or of the first two."""
     if not step.layers or torch.is_grad_enabled() or not can_decode_step(): return None
-    if len(keys) != len(step.layers): return None
+    if any(len(part) != len(step.layers) for part in cache): return None
     addresses = list(map(Tensor.data_ptr, step._tensors))
-    cache, checked = [x, *keys, *values], step._checked
+    tensors, checked = [x, *chain.from_iterable(cache)], step._checked
+    if not all(map(torch.is_tensor, tensors)): return None
     if not _same_place(checked, step._tensors, addresses):
-        return _learn(step, cache, past, addresses)
-    layout = checked.caches.get((x.shape, keys[0].shape))
-    if layout is None or not layout.matches(cache): return _learn(step, cache, past, addresses)
-    table, parts = checked.table[:], len(DecodeLayer._fields)
-    table[parts - 2::parts] = array("Q", map(Tensor.data_ptr, keys))
-    table[parts - 1::parts] = array("Q", map(Tensor.data_ptr, values))
+        return _learn(step, tensors, cache, past, addresses)
+    layout = checked.caches.get((x.shape, *(part[0].shape for part in cache)))
+    if layout is None or not layout.matches(tensors):
+        return _learn(step, tensors, cache, past, addresses)
+    table, slots = checked.table[:], len(DecodeLayer._fields)
+    for slot, part in enumerate(cache, slots - len(_CACHE)):
+        table[slot::slots] = array("Q", map(Tensor.data_ptr, part))
     return table.tobytes()
 
-def _learn(step: "DecodeStep", cache: list, past: int, addresses: list) -> bytes | None:
-    "The table of a step's weights and of `cache`: the input, then all keys, then all values."
-    (x, *cache), many, last_norm = cache, len(step.layers), step.last_norm
+def _learn(step: "DecodeStep", tensors: list, cache: tuple, past: int,
+           addresses: list) -> bytes | None:
+    "The table of a step's weights and of `cache`; `tensors`: the input, then all of these."
+    x, last_norm = tensors[0], step.last_norm
     if x.dtype != torch.float32 or not x.is_cpu: return None
     _check_last_norm(last_norm, x)
     if last_norm is not None and last_norm.dtype != torch.float32: return None
-    layers = _with_cache(step.layers, cache[:many], cache[many:])
+    layers = _with_cache(step.layers, *cache)
     table = _table(x, layers, step.num_heads, past, step.norm)
     if table is None: return None
     known = step._checked
     if not _same_place(known, step._tensors, addresses):
         known = _Checked(addresses, Layout(step._tensors), array("Q", table), {})
     if len(known.caches) > 100: known.caches.clear()
-    known.caches[x.shape, cache[0].shape] = Layout([x, *cache])
+    known.caches[x.shape, *(part[0].shape for part in cache)] = Layout(tensors)
     step._checked = known
     return table
 
@@ -668,23 +709,27 @@ class DecodeStep:
     mask)` → `(batch, width)`.
 
     Of `layers` it takes the weights; `keys` and `values` hold a tensor `(batch, kv_heads, capacity,
-    head_dim)` per layer; the rest as for `decode_step`. The weights are read where they are: numbers
-    may change in place, and a tensor that was moved or laid out anew is looked at again."""
+    head_dim)` per layer; `prefix`: two lists of tensors `(1, kv_heads, prefix, head_dim)`, or none;
+    the rest as for `decode_step`. The weights are read where they are: numbers may change in place,
+    and a tensor that was moved or laid out anew is looked at again."""
 
     def __init__(self, layers: list[DecodeLayer], num_heads: int, half: bool = False,
                  norm: str = "pre", eps: float = 1e-5, last_norm: Tensor | None = None):
-        self.layers = [layer._replace(keys=None, values=None) for layer in layers]
+        self.layers = [layer._replace(**dict.fromkeys(_CACHE)) for layer in layers]
         self.num_heads, self.half, self.norm, self.eps = num_heads, half, norm, eps
         self.last_norm, self._checked = last_norm, None
-        tensors = [*(t for layer in self.layers for t in layer), last_norm]
+        tensors = [*chain.from_iterable(self.layers), last_norm]
         self._tensors = [t for t in tensors if t is not None]
 
     def __call__(self, x: Tensor, keys: list[Tensor], values: list[Tensor], past: int,
-                 cos_sin: tuple | None = None, mask: Tensor | None = None) -> Tensor:
-        table, heads = _table_of(self, x, keys, values, past), self.num_heads
+                 cos_sin: tuple | None = None, mask: Tensor | None = None,
+                 prefix: tuple = ()) -> Tensor:
+        cache, heads = (keys, values, *prefix), self.num_heads
+        table = _table_of(self, x, cache, past)
         if table is None:
-            return decode_step(x, _with_cache(self.layers, keys, values), heads, past, cos_sin,
+            return decode_step(x, _with_cache(self.layers, *cache), heads, past, cos_sin,
                                self.half, self.norm, self.eps, mask, self.last_norm)
         cos_sin, mask = _checked_cos_sin(cos_sin, x, heads), _checked_mask(mask, x, past)
-        return _run_c(x, table, self.layers, keys[0], heads, past, cos_sin, self.half, self.norm,
-                      self.eps, mask, self.last_norm)
+        first = self.layers[0]._replace(**{k: part[0] for k, part in zip(_CACHE, cache)})
+        return _run_c(x, table, [first, *self.layers[1:]], heads, past, cos_sin, self.half,
+                      self.norm, self.eps, mask, self.last_norm)

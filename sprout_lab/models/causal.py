@@ -13,6 +13,7 @@ from transformers import GenerationMixin
 from transformers.cache_utils import Cache
 
 from ..configs import ConfigError
+from .shared_batch import targets_per_process
 
 # %% ../../nbs/models/causal.ipynb #eb199876
 def next_token_loss(logits: torch.Tensor, labels: torch.Tensor | None = None,
@@ -27,6 +28,7 @@ def next_token_loss(logits: torch.Tensor, labels: torch.Tensor | None = None,
         if starts is not None: labels = labels.masked_fill(starts, -100)
         shift_labels = F.pad(labels[:, 1:], (0, 1), value=-100)                   # (batch, length)
     wide = logits if logits.dtype == torch.float64 else logits.float()
+    if num_items_in_batch is None: num_items_in_batch = targets_per_process(shift_labels)
     reduction = "mean" if num_items_in_batch is None else "sum"
     loss = F.cross_entropy(wide.flatten(0, 1), shift_labels.flatten(), reduction=reduction)
     return loss if num_items_in_batch is None else loss / num_items_in_batch

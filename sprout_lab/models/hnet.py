@@ -29,6 +29,7 @@ from .hgrn import (BitMLP, HGRNBitBlock, TernaryConfig, TernaryPreTrainedModel,
                                     ternary_ff_size)
 from .recurrent import (RaggedBatch, RecurrentCache, StateLayer, align_inputs,
                                          document_starts, gather_columns, unalign)
+from .shared_batch import whole_batch_sum
 from .transformer import RMSNorm
 
 # %% ../../nbs/models/hnet.ipynb #eef9f659
@@ -566,9 +567,11 @@ def ratio_loss(prob, mask, target: float, valid=None):
     """The ratio loss of one stage, a scalar: `prob`, `mask` `(batch, length)`, `target` positions
     per chunk; `valid (batch, length)` says which positions count."""
     weight = torch.ones_like(prob) if valid is None else valid.to(prob.dtype)
-    total = weight.sum().clamp(min=1)
-    share = (mask.to(prob.dtype) * weight).sum() / total                            # F
-    mean = (prob * weight).sum() / total                                            # G
+    cuts = mask.to(prob.dtype) * weight
+    total, cut, summed = whole_batch_sum(
+        torch.stack([weight.sum(), cuts.sum(), (prob * weight).sum()]))
+    total = total.clamp(min=1)
+    share, mean = cut / total, summed / total                                       # F, G
     return target / (target - 1) * ((target - 1) * share * mean + (1 - share) * (1 - mean))
 
 # %% ../../nbs/models/hnet.ipynb #09629a3b

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['check_thought_history', 'MoTConfig', 'ThoughtRouter', 'grouped_linear_reference', 'grouped_linear', 'ThoughtBranches',
-           'disturbed', 'ThoughtCombiner', 'pairwise_similarity', 'ThoughtRecord', 'ThoughtLayer', 'MoTBlock',
-           'MoTPreTrainedModel', 'MoTModel', 'MoTOutput', 'Creativity', 'MoTForCausalLM', 'thought_record',
+           'disturbed', 'thoughts_reference', 'ThoughtCombiner', 'pairwise_similarity', 'ThoughtRecord', 'ThoughtLayer',
+           'MoTBlock', 'MoTPreTrainedModel', 'MoTModel', 'MoTOutput', 'Creativity', 'MoTForCausalLM', 'thought_record',
            'with_record', 'auxiliary_loss', 'ParallelThoughts', 'generate_parallel_thoughts', 'branch_likeness',
            'upcycle']
 
@@ -21,7 +21,9 @@ from transformers import initialization as init
 from transformers.modeling_outputs import ModelOutput
 
 from ..configs import ConfigError, setting
+from ..kernels.thoughts import fused_thoughts, fused_thoughts_run
 from .causal import CausalGenerationMixin, kept_positions, next_token_loss
+from .shared_batch import shared_by, whole_batch_sum
 from sprout_lab.models.transformer import (
     Linear, TransformerBlock, TransformerConfig, TransformerModel, TransformerPreTrainedModel,
     new_block)
@@ -152,18 +154,8 @@ class ThoughtBranches(nn.Module):
         tokens, k = chosen.shape
         branch, order = chosen.flatten().sort(stable=True)                               # (M,)
         counts = torch.bincount(branch, minlength=len(self.up)).tolist()
-        token = order // k                                                               # (M,)
-        rows = x[token]                                                                  # (M, D)
-        amount = None
-        if creativity is not None:
-            freedom = (rows * self.freedom[branch]).sum(-1).sigmoid()                    # (M,)
-            amount = (self.noise_scale * creativity[token] * freedom).unsqueeze(-1)
-        rows = rows * self.gain[branch] + self.shift[branch]
-        rows = disturbed(rows, amount, generator)
-        latent = grouped_linear(rows, self.up, counts)                            # (M, 2F or F)
-        if self.up_bias is not None: latent = latent + self.up_bias[branch]
-        latent = disturbed(self.activated(latent), amount, generator)             # (M, F)
-        thoughts = grouped_linear(latent, self.down, counts)                      # (M, D)
+        think = fused_thoughts if fused_thoughts_run(x, self.up) else thoughts_reference
+        thoughts = think(x, self, order, branch, counts, k, creativity, generator)       # (M, D)
         if self.down_bias is not None: thoughts = thoughts + self.down_bias[branch]
         unsorted = thoughts.new_empty(len(order), x.shape[-1]).index_copy(0, order, thoughts)
         return unsorted.view(tokens, k, -1)
@@ -182,6 +174,22 @@ def disturbed(x, amount=None, generator=None):
     noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
     size = x.detach().square().mean(-1, keepdim=True).sqrt()
     return x + amount.to(x.dtype) * size * noise
+
+# %% ../../nbs/models/mot.ipynb #d2af39c7
+def thoughts_reference(x, branches: ThoughtBranches, order, branch, counts: list[int], k: int,
+                       creativity=None, generator=None) -> torch.Tensor:
+    """`fused_thoughts` of `kernels/thoughts` in plain torch: row m is token `order[m] // k` of
+    `x (N, D)` at its `branch[m]`, before the last bias, `(M, D)`."""
+    token = order // k
+    rows, amount = x[token], None                                                    # (M, D)
+    if creativity is not None:
+        freedom = (rows * branches.freedom[branch]).sum(-1).sigmoid()                # (M,)
+        amount = (branches.noise_scale * creativity[token] * freedom).unsqueeze(-1)
+    rows = disturbed(rows * branches.gain[branch] + branches.shift[branch], amount, generator)
+    latent = grouped_linear(rows, branches.up, counts)                        # (M, 2F or F)
+    if branches.up_bias is not None: latent = latent + branches.up_bias[branch]
+    latent = disturbed(branches.activated(latent), amount, generator)         # (M, F)
+    return grouped_linear(latent, branches.down, counts)                      # (M, D)
 
 # %% ../../nbs/models/mot.ipynb #b5ae5f5d
 class ThoughtCombiner(nn.Module):
@@ -223,7 +231,8 @@ class ThoughtRecord:
     details: bool = False
 
     def __post_init__(self):
-        self.similarity, self.entropy, self.balance, self.load, self.chosen = [], [], [], [], []
+        self.similarity, self.entropy, self.load, self.chosen = [], [], [], []
+        self.probability = []
 
     def add(self, probs, chosen, thoughts) -> None:
         "A layer's numbers, means over real tokens."
@@ -235,8 +244,15 @@ class ThoughtRecord:
                               minlength=probs.shape[1]).to(probs.dtype) / picked.numel()
         self.similarity.append(pairwise_similarity(thoughts[real].to(probs.dtype)).mean())
         self.entropy.append(-(probs * probs.clamp(min=1e-9).log()).sum(-1).mean())
-        self.balance.append(probs.shape[1] * (load * probs.mean(0)).sum())
+        self.probability.append(probs.mean(0))
         self.load.append(load)
+
+    def balance(self) -> torch.Tensor:
+        "The load balance of each layer, `(layers)`; of the whole batch where processes share it."
+        load, probability = torch.stack([torch.stack(self.load), torch.stack(self.probability)])
+        if shared_by() > 1:                 # equal rows for each process: the mean of their means
+            load, probability = whole_batch_sum(torch.stack([load, probability])) / shared_by()
+        return load.shape[1] * (load * probability).sum(1)
 
 # %% ../../nbs/models/mot.ipynb #247a33c8
 class ThoughtLayer(nn.Module):
@@ -339,6 +355,7 @@ class Creativity:
 class MoTForCausalLM(MoTPreTrainedModel, CausalGenerationMixin):
     "The mixture of thoughts with its head: token ids to next-token logits, loss, and generation."
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    parallel_plan = dict(blocks="model.layers", not_tensor="each token picks branches of its own")
 
     def __init__(self, config: MoTConfig):
         super().__init__(config)
@@ -386,8 +403,10 @@ def thought_record(model, given, attention_mask, creativity=None, generator=None
     if creativity.shape != (batch,):
         raise ConfigError(f"creativity has shape {tuple(creativity.shape)}; a number, or one for "
                           f"each of {batch} rows is needed")
-    creativity = (creativity.to(given.device) if bool((creativity > 0).any())
-                  and model.config.noise_scale else None)
+    noisy = bool((creativity > 0).any()) and model.config.noise_scale
+    # processes that share a batch wait for a gradient of every parameter: the noise is 0, not absent
+    noisy = noisy or (model.training and shared_by() > 1)
+    creativity = creativity.to(given.device) if noisy else None
     real = None
     if attention_mask is not None and attention_mask.dim() == 2:
         real = attention_mask[:, -length:].bool().reshape(-1)
@@ -398,7 +417,7 @@ def with_record(output: MoTOutput, record: ThoughtRecord, shape) -> MoTOutput:
     if record.load:
         mean = lambda values: torch.stack(values).mean()
         output.diversity_loss, output.router_entropy = mean(record.similarity), mean(record.entropy)
-        output.balance_loss, output.thought_load = mean(record.balance), torch.stack(record.load)
+        output.balance_loss, output.thought_load = record.balance().mean(), torch.stack(record.load)
     if record.details: output.thoughts = tuple(chosen.view(*shape, -1) for chosen in record.chosen)
     return output
 

@@ -33,6 +33,7 @@ from .cache import KeyValueCache, KeyValueLayer, fork_rows
 from .causal import CausalGenerationMixin, check_cache, kept_positions
 from .config import LanguageModelConfig, ModelConfig
 from .hub import ModelCardMixin
+from .shared_batch import shared_by, targets_per_process, whole_batch_sum
 from .transformer import (
     Embedding, Linear, MultiHeadSelfAttention, RMSNorm, RotaryPositionalEmbedding, SwiGLU, attend,
     attention_bias, check_columns, check_length)
@@ -319,8 +320,13 @@ def load_balancing_loss(router_logits, chosen_child):
     share equally, up to the number of children less one (Fedus et al., 2021, section 2.2, less
     one)."""
     children = router_logits.shape[1]
-    traffic = F.one_hot(chosen_child, children).to(router_logits.dtype).mean(0)   # (children,)
-    return children * (traffic * router_logits.softmax(-1).mean(0)).sum() - 1
+    if router_logits.dtype != torch.float64: router_logits = router_logits.float()
+    came = F.one_hot(chosen_child, children).to(router_logits.dtype).sum(0)       # (children,)
+    rows = came.new_tensor([len(chosen_child)])
+    sums = whole_batch_sum(torch.cat([came, router_logits.softmax(-1).sum(0), rows]))
+    rows = sums[-1].clamp(min=1)
+    traffic, probability = sums[:children] / rows, sums[children:-1] / rows       # (children,) each
+    return children * (traffic * probability).sum() - sums[-1].clamp(max=1)       # 0 where no one came
 
 # %% ../../nbs/models/sprout.ipynb #750452b5
 @dataclass
@@ -743,8 +749,8 @@ def _touch_idle(nodes, traffic: dict, routed: dict, hidden_states):
 # %% ../../nbs/models/sprout.ipynb #f8020e55
 class TreeWalk:
     """One pass of a batch down a tree. `traffic`: node → how many came; `routed`: node → (gates
-    `(n,)`, queries `(n, d)`) in training; `balance_loss`: of all routers, or none. `attentions`
-    and `hidden_states`: lists that get a tensor per level, or none."""
+    `(n,)`, queries `(n, d)`) in training, `scores`: node → what `load_balancing_loss` takes.
+    `attentions` and `hidden_states`: lists that get a tensor per level, or none."""
 
     def __init__(self, tree: SproutTree, path_log: PathLog | None = None,
                  attentions: list | None = None, hidden_states: list | None = None):
@@ -752,7 +758,7 @@ class TreeWalk:
         self.path_log = PathLog() if path_log is None else path_log
         self.attentions, self.hidden_states = attentions, hidden_states
         self.children = [tree.children_of(i) for i in range(len(tree.nodes))]
-        self.traffic, self.routed, self.balance_loss = {}, {}, None
+        self.traffic, self.routed, self.scores = {}, {}, {}
 
     def route(self, node_id: int, router_inputs, active_rows=None) -> Choice:
         """Ask a node's router with `router_inputs (n, d)`, of the examples (or flat tokens)
@@ -762,21 +768,20 @@ class TreeWalk:
         router_logits, query = node.router(router_inputs, keys)           # (n, children), (n, d)
         compatibility = router_logits.sigmoid()
         if self.tree.routing == "batch":
-            compatibility = compatibility.mean(0, keepdim=True).expand(len(router_inputs), -1)
+            compatibility = _batch_mean(compatibility).expand(len(router_inputs), -1)
         gate, chosen_child = compatibility.max(1)                         # (n,), (n,)
         self.path_log.add(node_id, node.depth, children, active_rows,
                           chosen_child.detach(), compatibility.detach())
         if self.training:
             self.routed[node_id] = gate.detach(), query.detach()
-            self.balance(node, router_logits, chosen_child)
+            self.scores[node_id] = router_logits, chosen_child
         return Choice(node_id, chosen_child, gate)
 
-    def balance(self, node: SproutNode, router_logits, chosen_child) -> None:
-        "Add up the load-balancing loss, where a router has a choice that depends on the example."
-        one_way = router_logits.shape[1] < 2 or self.tree.routing == "batch"
-        if one_way or node.kind != "learned" or not self.tree.config.router_balance: return
-        loss = load_balancing_loss(router_logits, chosen_child)
-        self.balance_loss = loss if self.balance_loss is None else self.balance_loss + loss
+    @property
+    def balance_loss(self) -> torch.Tensor | None:
+        "Of all routers that have a choice which depends on the example, added up; or none."
+        losses = [load_balancing_loss(*scores) for scores in _balanced(self)]
+        return sum(losses[1:], losses[0]) if losses else None
 
     def begin_level(self, like, queries: int, columns: int) -> None:
         """Make room for a level's attention weights, `(batch, heads, queries, columns)`, where
@@ -789,6 +794,27 @@ class TreeWalk:
         "What the walk returns: in training, every node has a part in it."
         if not self.training: return hidden_states
         return _touch_idle(self.nodes, self.traffic, self.routed, hidden_states)
+
+# %% ../../nbs/models/sprout.ipynb #1e4e581e
+def _batch_mean(values: torch.Tensor) -> torch.Tensor:
+    "The mean over the rows of the whole batch, `(1, ...)`."
+    if shared_by() == 1: return values.mean(0, keepdim=True)
+    return whole_batch_sum(values.sum(0, keepdim=True)) / (shared_by() * len(values))
+
+def _balanced(walk: TreeWalk) -> list[tuple]:
+    """Scores and choices of the routers that are to use all their children. Where processes share a
+    batch also of those that none of this one's rows has met: all take part in the same sums."""
+    if walk.tree.routing == "batch" or not walk.tree.config.router_balance: return []
+    found = []
+    for node_id, children in enumerate(walk.children):
+        if len(children) < 2 or walk.nodes[node_id].kind != "learned": continue
+        if node_id in walk.scores: found.append(walk.scores[node_id])
+        elif shared_by() > 1 and walk.training: found.append(_no_scores(walk, len(children)))
+    return found
+
+def _no_scores(walk: TreeWalk, children: int) -> tuple:
+    like = walk.nodes[0].self_attn.q_proj.weight
+    return like.new_empty(0, children), torch.empty(0, dtype=torch.long, device=like.device)
 
 # %% ../../nbs/models/sprout.ipynb #87ff3035
 def _take_rows(tensor, rows):
@@ -1545,6 +1571,7 @@ def token_loss(logits, targets, num_items_in_batch=None):
     float32."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
     total = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="sum")
+    if num_items_in_batch is None: num_items_in_batch = targets_per_process(targets)
     if num_items_in_batch is None: num_items_in_batch = (targets != -100).sum().clamp(min=1)
     return total / num_items_in_batch
 

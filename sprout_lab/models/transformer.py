@@ -29,7 +29,7 @@ from ..configs import ConfigError, setting
 from ..kernels.checks import ModuleGuard
 from ..kernels.decode import DecodeLayer, DecodeStep, can_decode_step
 from ..kernels.elementwise import rms_norm, rotary, rotary_reference, swiglu
-from .cache import KeyValueCache
+from .cache import KeyValueCache, PrefixedCache
 from .causal import CausalGenerationMixin, kept_positions, next_token_loss
 from .config import LanguageModelConfig
 from .hub import ModelCardMixin
@@ -686,8 +686,8 @@ def decode_plan(model: "TransformerModel") -> DecodePlan | None:
 def plan_for_step(model: "TransformerModel", cache, mask) -> DecodePlan | None:
     "The plan for one new token per row after `cache`, or none where the kernel cannot take it."
     if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"): return None
-    if type(cache) is not KeyValueCache or not can_decode_step(): return None
-    if not cache.layers or not cache.layers[0].length: return None
+    if type(cache) not in (KeyValueCache, PrefixedCache) or not can_decode_step(): return None
+    if not cache.layers or not cache.get_seq_length(): return None
     if mask is not None and mask.dtype != torch.bool: return None
     plan = decode_plan(model)
     if plan is None or len(cache.layers) != len(plan.step.layers): return None
@@ -698,12 +698,14 @@ def plan_for_step(model: "TransformerModel", cache, mask) -> DecodePlan | None:
 
 def step_by_plan(plan: DecodePlan, x, cache, mask, cos_sin):
     "`x (batch, D)` → the same shape; `mask` and `cos_sin` as the blocks have them."
-    past = cache.layers[0].length
+    past, layers = cache.get_seq_length(), cache.layers
     if cos_sin is not None: cos_sin = tuple(t.flatten(0, -2) for t in cos_sin)      # (B or 1, d/2)
     visible = None if mask is None else mask[:, 0, 0]                                # (B, columns)
-    keys, values = [[getattr(layer, name) for layer in cache.layers] for name in ("keys", "values")]
-    x = plan.step(x, keys, values, past, cos_sin, visible)
-    for layer in cache.layers: layer.length = past + 1
+    keys, values, prefix = [layer.keys for layer in layers], [layer.values for layer in layers], ()
+    if layers[0].prefix_keys is not None:
+        prefix = [layer.prefix_keys for layer in layers], [layer.prefix_values for layer in layers]
+    x = plan.step(x, keys, values, past, cos_sin, visible, prefix)
+    for layer in layers: layer.length += 1
     return x
 
 def decode_blocks(model: "TransformerModel", x, cache, context: dict):
@@ -723,7 +725,7 @@ def decode_token(model: "TransformerModel", input_ids, attention_mask, position_
     if attention_mask is not None and attention_mask.dim() != 2: return None
     plan = plan_for_step(model, cache, None)
     if plan is None or not plan.reads_tokens: return None
-    embedding, past = model.embed_tokens.weight, cache.layers[0].length
+    embedding, past = model.embed_tokens.weight, cache.get_seq_length()
     if embedding.dtype != torch.float32 or not embedding.is_cpu: return None
     mask, _, position_ids = attention_pattern(
         attention_mask, position_ids, 1, past, embedding.device)

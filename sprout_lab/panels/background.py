@@ -13,7 +13,7 @@ import time
 from ..configs import ConfigError, RunConfig
 from ..families import make_trainer, objective_for
 from .live import Throttle
-from ..trainers.callbacks import Callback, Console, Evaluate, Results, RolledBack, due
+from ..trainers.callbacks import Callback, RolledBack, due, evaluate_now, write_summary
 
 # %% ../../nbs/panels/background.ipynb #8d453986
 class Samples(Callback):
@@ -63,8 +63,7 @@ class Interruptible(Callback):
     def on_start(self, trainer):
         if not trainer.step or not due(trainer, trainer.training.eval_interval): return
         if trainer.last_evaluation.get("step") == trainer.step: return
-        for callback in trainer.callbacks:
-            if isinstance(callback, Evaluate): callback.evaluate(trainer)
+        evaluate_now(trainer)
         if trainer.best_step == trainer.step: trainer.save()   # so that `best` knows
 
 # %% ../../nbs/panels/background.ipynb #4398e22d
@@ -122,7 +121,7 @@ class Training:
                                extra_callbacks=[*self.callbacks, interruptible])
         _refuse_finished(trainer)
         # the table says it better
-        trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, Console)]
+        trainer.callbacks = [c for c in trainer.callbacks if not c.prints]
         interruptible.install(trainer)
         self.trainer = trainer
         self.on_trainer(self)
@@ -140,8 +139,7 @@ def _refuse_finished(trainer) -> None:
 def _leave_before_first_step(trainer) -> None:
     "A run that was stopped in the evaluation before its first step."
     trainer.stop_reason = "stopped"
-    for callback in trainer.callbacks:
-        if isinstance(callback, Results): callback.write_summary(trainer, "stopped")
+    write_summary(trainer, "stopped")
 
 
 def error_words(error: Exception) -> str:

@@ -20,7 +20,7 @@ from ..configs import ConfigError, read_mapping
 from ..families import get_family, objective_for
 from ..objectives import get_objective
 from ..runs import Run, read_log
-from ..trainers.callbacks import Callback, Console
+from ..trainers.callbacks import Callback
 from ..visualizers.curves import plot_bits_per_byte
 from ..visualizers.style import Figure, new_figure
 from ..visualizers.tree import plot_tree
@@ -244,10 +244,8 @@ def record_of(trainer, baselines: dict | None = None) -> Record:
     return Record(trainer.config.family, objective.metric, objective.unit, baselines)
 
 
-def _is_console(callback) -> bool: return isinstance(callback, Console)
-
 def _silence(trainer) -> None:
-    trainer.callbacks = [c for c in trainer.callbacks if not _is_console(c)]
+    trainer.callbacks = [c for c in trainer.callbacks if not c.prints]
 
 
 def _evaluation_line(trainer, row: dict, left: float | None) -> str:
@@ -396,7 +394,7 @@ class Live(Watch):
         super().__init__(baselines)
         self.where = where or ("notebook" if put_table or put_figure or screen else None)
         self.screen = screen or Screen(put_table, put_figure, interval, style)
-        self.prints = False
+        self.prints_lines = False
 
     def figure(self) -> Figure:
         return picture_of(self.record, getattr(self.screen, "style", "light"))
@@ -406,18 +404,18 @@ class Live(Watch):
     def on_prepare(self, trainer):
         self.where = self.where or surroundings()
         if self.where != "terminal": _silence(trainer)
-        self.prints = self.where == "terminal" and not any(map(_is_console, trainer.callbacks))
+        self.prints_lines = self.where == "terminal" and not any(c.prints for c in trainer.callbacks)
         if self.where != "notebook": self.baselines = {}      # without a picture nobody sees them
         super().on_prepare(trainer)
 
     def on_evaluate(self, trainer, row):
         super().on_evaluate(trainer, row)
         left = self.pace.seconds_left(trainer.step, trainer.total_steps)
-        if self.prints and trainer.step: trainer.log(_evaluation_line(trainer, row, left))
+        if self.prints_lines and trainer.step: trainer.log(_evaluation_line(trainer, row, left))
 
     def on_end(self, trainer):
         super().on_end(trainer)
-        if self.prints: trainer.log(f"{trainer.stop_reason} at step {trainer.step:,}")
+        if self.prints_lines: trainer.log(f"{trainer.stop_reason} at step {trainer.step:,}")
 
     def _say(self, trainer, state: str) -> None:
         super()._say(trainer, state)

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ..configs import ConfigError, TrainingConfig
+from ..models.shared_batch import batch_shared_by
 from .optimizers import optimizer_tensors
 
 # %% ../../nbs/trainers/parallel.ipynb #324739a9
@@ -234,7 +235,7 @@ class DataParallel(RowSharing):
 
     def loss(self, wrapped: nn.Module, batch: dict) -> torch.Tensor:
         "The model's loss on a batch."
-        return wrapped(**batch).loss
+        with batch_shared_by(self.shares): return wrapped(**batch).loss
 
     def sync(self, wrapped: nn.Module, last: bool):
         "The context of a backward pass: only after a step's `last` one are gradients exchanged."
@@ -275,7 +276,7 @@ class Sharded(DataParallel):
     def wrap(self, model, optimizer): return model, self.accelerator.prepare_optimizer(optimizer)
 
     def loss(self, wrapped, batch):
-        with self.accelerator.autocast(): return wrapped(**batch).loss
+        with self.accelerator.autocast(): return super().loss(wrapped, batch)
 
     def sync(self, wrapped, last):
         wrapped.set_requires_gradient_sync(last)
