@@ -2858,6 +2858,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'sprout_lab/laboratory/app.py'),
                                            'sprout_lab.laboratory.app.RunTab.__init__': ( 'laboratory/app.html#runtab.__init__',
                                                                                           'sprout_lab/laboratory/app.py'),
+                                           'sprout_lab.laboratory.app.RunTab.chosen': ( 'laboratory/app.html#runtab.chosen',
+                                                                                        'sprout_lab/laboratory/app.py'),
                                            'sprout_lab.laboratory.app.RunTab.made': ( 'laboratory/app.html#runtab.made',
                                                                                       'sprout_lab/laboratory/app.py'),
                                            'sprout_lab.laboratory.app.RunTab.refresh': ( 'laboratory/app.html#runtab.refresh',
