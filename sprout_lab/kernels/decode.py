@@ -699,7 +699,7 @@ def _learn(step: "DecodeStep", tensors: list, cache: tuple, past: int,
     if not _same_place(known, step._tensors, addresses):
         known = _Checked(addresses, Layout(step._tensors), array("Q", table), {})
     if len(known.caches) > 100: known.caches.clear()
-    known.caches[x.shape, *(part[0].shape for part in cache)] = Layout(tensors)
+    known.caches[(x.shape, *(part[0].shape for part in cache))] = Layout(tensors)
     step._checked = known
     return table
 
