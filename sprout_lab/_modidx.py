@@ -6444,6 +6444,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'sprout_lab/training_guides.py'),
                                             'sprout_lab.training_guides._span': ( 'training_guides.html#_span',
                                                                                   'sprout_lab/training_guides.py'),
+                                            'sprout_lab.training_guides._step': ( 'training_guides.html#_step',
+                                                                                  'sprout_lab/training_guides.py'),
                                             'sprout_lab.training_guides._tables': ( 'training_guides.html#_tables',
                                                                                     'sprout_lab/training_guides.py'),
                                             'sprout_lab.training_guides.duration': ( 'training_guides.html#duration',
