@@ -68,11 +68,12 @@ def stage_settings(stage, before: Path | None, flags: dict, hub: bool) -> dict:
                           f"on {stage.hub} alone, with --hub and where that can be reached or lies "
                           "in --data_dir")
     settings = {"dataset_name": stage.hub if hub else stage.name}
+    if not hub: settings |= stage.settings
     if before is not None:
         known = get_family("tslm").config_class.settings.model_fields
         then = read_settings(Run(before).config)
         settings |= {name: then[name] for name in known if name in then
-                     and not name.startswith(("lr_", "series_"))}
+                     and not name.startswith(("lr_", "series_", "statistics_"))}
     ends = {"max_steps", "max_iters", "num_epochs", "epochs"}
     if not ends & set(flags): settings["num_epochs"] = stage.epochs
     return {**settings, **flags}

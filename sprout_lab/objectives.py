@@ -54,7 +54,8 @@ class Scoring:
         "An evaluation in a few words: its main number with its unit."
         if metrics.get("bits_per_byte") is not None:
             return f"{metrics['bits_per_byte']:.4f} bits per byte"
-        return f"{metrics['loss']:.4f} nats per token, {metrics['accuracy']:.1%} right"
+        unit = self.unit if self.metric == "loss" else "nats per token"   # a text without bytes
+        return f"{metrics['loss']:.4f} {unit}, {metrics['accuracy']:.1%} right"
 
     def further_metrics(self, model, tokenizer, tokens, window: int,
                         max_batches: int | None = None) -> dict:
@@ -248,7 +249,7 @@ PSEUDO_TOKENS = 1000   # of a text, for its pseudo-log-likelihood
 class Masked(FillsGaps, Objective):
     """What stands in the gaps, seen from both sides (Devlin et al., 2019), in nats per hidden
     token."""
-    name, target = "masked", "hidden tokens"
+    name, target, unit = "masked", "hidden tokens", "nats per hidden token"
     auto_class = AutoModelForMaskedLM
 
     def settle(self, run) -> None:

@@ -4,12 +4,15 @@ nearest neighbour, features, MiniRocket; and how often its answers are right, ov
     python studies/tslm_study.py baselines            minutes
     python studies/tslm_study.py ours --seeds 1 2 3   an hour on two cores
     python studies/tslm_study.py control RUN          a run's answers, and under the two controls
+    python studies/tslm_study.py captions RUN         the facts in a run's captions
+    python studies/tslm_study.py forecasts RUN        a run's forecasts beside classical ones
 
 Results go into tslm_study.json beside this file."""
 import argparse
 import json
-from collections import defaultdict
-from dataclasses import replace
+import math
+from collections import Counter, defaultdict
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +22,8 @@ from sklearn.preprocessing import StandardScaler
 
 from sprout_lab.data.questions import load_questions
 from sprout_lab.data.series import SeriesSet, exchange_series, z_score
-from sprout_lab.decoding.answers import write_answers
-from sprout_lab.evaluation.series import judge, longest_answer
+from sprout_lab.decoding.answers import option_log_probs, write_answers
+from sprout_lab.evaluation.series import crps, judge, longest_answer, mase, read_forecast
 from sprout_lab.families import configure, load_model, make_trainer
 
 RESULTS = Path(__file__).with_suffix(".json")
@@ -149,6 +152,97 @@ def ours(name: str, form: str, seed: int, folder: Path, **flags) -> dict:
     return controlled(place, name)
 
 
+def captioned(folder) -> dict:
+    "The facts in a run's captions of test series; as they are, and with the series exchanged."
+    model, tokenizer = load_model(folder)
+    test, rows = load_questions("m1_captions")["test"], {}
+    for name, samples in (("as they are", test), ("exchanged series", exchange_series(test))):
+        texts = write_answers(model, tokenizer, list(samples), longest_answer(samples))
+        rows |= {f"{key}, {name}": value for key, value in judge(list(samples), texts).items()}
+    facts = [sample.facts for sample in load_questions("m1_captions")["train"]]
+    common = {key: Counter(f[key] for f in facts).most_common(1)[0][0] for key in facts[0]}
+    rows["facts right, the commonest ones said"] = float(np.mean(
+        [s.facts[key] == value for s in test for key, value in common.items()]))
+    return rows
+
+
+@dataclass
+class Smoothing:
+    """Exponential smoothing with a damped slope (Gardner and McKenzie, 1985): `alpha` = 1 without
+    a slope is the naive forecast, the same as the seasonal one for yearly values."""
+    alpha: float = 1.0
+    beta: float = 0.0
+    damping: float = 1.0
+    slope: float = 0.0
+
+    def run(self, values) -> tuple:
+        "(errors of each next value, the level and the slope after the last one)."
+        level, slope, errors = values[0], self.slope, []
+        for value in values[1:]:
+            slope *= self.damping
+            error = value - level - slope
+            errors.append(error)
+            level, slope = level + slope + self.alpha * error, slope + self.beta * error
+        return np.array(errors), level, slope
+
+    def draw(self, past, horizon: int, draws: int, random) -> np.ndarray:
+        "Continuations `(draws, horizon)` with errors as large as those so far."
+        errors, level, slope = self.run(past)
+        noise = random.normal(0, errors.std(), (draws, horizon))
+        level, slope, rows = np.full(draws, level), np.full(draws, slope), []
+        for step in range(horizon):
+            slope = slope * self.damping
+            rows.append(level + slope + noise[:, step])
+            level = level + slope + self.alpha * noise[:, step]
+            slope = slope + self.beta * noise[:, step]
+        return np.stack(rows, 1)
+
+    def bits(self, past, future, width: float) -> float:
+        "Bits per value of `future`, in bins of `width`, each value after the true ones before."
+        errors, _, _ = self.run(np.concatenate([past, future]))
+        size = max(errors[:len(past) - 1].std(), 0.1 * width)
+        cdf = np.vectorize(lambda x: 0.5 * (1 + math.erf(x / size / math.sqrt(2))))
+        after = errors[len(past) - 1:]
+        share = cdf(after + width / 2) - cdf(after - width / 2)
+        return float(-np.log2(np.maximum(share, 1e-9)).mean())
+
+
+def ets(past) -> Smoothing:
+    "The smoothing with the smallest squared errors on `past`, of a grid (ETS(A, Ad, N))."
+    first = float(np.diff(past).mean())
+    grid = [Smoothing(a, b * a, d, slope) for a in (0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
+            for b in (0.0, 0.1, 0.3, 0.5) for d in (0.8, 0.9, 1.0) for slope in (0.0, first)]
+    return min(grid, key=lambda one: float((one.run(past)[0] ** 2).sum()))
+
+
+def forecast_errors(past, future, draws) -> dict:
+    "MASE of the median of `draws (draws, horizon)`, and CRPS in units of the naive error."
+    scale = max(float(np.abs(np.diff(past)).mean()), 1e-12)
+    return {"mase": mase(np.median(draws, 0), future, past), "crps": crps(draws, future) / scale}
+
+
+def forecast_scores(folder, number: int = 20) -> dict:
+    "A run's forecasts of test series, and those of classical methods, on the same values."
+    model, tokenizer = load_model(folder)
+    test, random = load_questions("forecasts")["test"], np.random.default_rng(0)
+    found = defaultdict(list)
+    for sample in test:
+        past, future = np.array(sample.time_series[0], float), np.array(sample.facts["future"])
+        width = 10.0 ** -sample.facts["decimals"] * sample.facts["std"]
+        texts = write_answers(model, tokenizer, [sample] * number, longest_answer([sample]), 1.0)
+        ours = np.array([read_forecast(text, sample) for text in texts])
+        nats = -float(option_log_probs(model, tokenizer, sample, [sample.answer])[0])
+        found["ours"].append({**forecast_errors(past, future, ours),
+                              "bits per value": nats / math.log(2) / len(future)})
+        drift = Smoothing(slope=float(np.diff(past).mean()))
+        for name, method in (("seasonal naive", Smoothing()), ("drift", drift), ("ETS", ets(past))):
+            draws = method.draw(past, len(future), 200, random)
+            found[name].append({**forecast_errors(past, future, draws),
+                                "bits per value": method.bits(past, future, width)})
+    return {name: {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
+            for name, rows in found.items()}
+
+
 def keep(part: str, value: dict) -> None:
     "Put a part into the results."
     known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
@@ -159,7 +253,7 @@ def keep(part: str, value: dict) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("baselines", "ours", "control"))
+    parser.add_argument("what", choices=("baselines", "ours", "control", "captions", "forecasts"))
     parser.add_argument("run", nargs="?")
     parser.add_argument("--sets", nargs="+", default=SETS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
@@ -168,10 +262,12 @@ if __name__ == "__main__":
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     given = parser.parse_args()
     flags = dict(pair.split("=", 1) for pair in given.set)
-    for name in given.sets:
+    label = f"ours, {Path(given.run).name}" if given.run else ""
+    if given.what == "captions": keep("m1_captions", {label: captioned(given.run)})
+    if given.what == "forecasts": keep("forecasts", forecast_scores(given.run))
+    for name in given.sets if given.what in ("baselines", "ours", "control") else ():
         if given.what == "baselines": keep(name, baselines(name))
-        elif given.what == "control": keep(name, {f"ours, {Path(given.run).name}":
-                                                  controlled(given.run, name)})
+        elif given.what == "control": keep(name, {label: controlled(given.run, name)})
         else:
             for form in given.forms:
                 for seed in given.seeds:

@@ -1,7 +1,9 @@
 """The Colab notebooks: in step with their generator, links that lead somewhere, and a run from
 install to download in an environment of its own."""
+import base64
 import configparser
 import csv
+import http.server
 import json
 import os
 import re
@@ -13,6 +15,7 @@ import sysconfig
 import threading
 import time
 import zipfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import nbformat
@@ -160,6 +163,59 @@ def clean(tmp_path_factory):
                       "-f", "{connection_file}"], "display_name": name, "language": "python",
              "env": {**environment, **extra}}))
 
+    with stand_in_for_the_hub() as (address, pushed):
+        spec = home / "kernels/colab/kernel.json"
+        described = json.loads(spec.read_text())
+        described["env"] |= {"HF_ENDPOINT": address, "HF_TOKEN": "hf_test", "HF_HUB_OFFLINE": "0",
+                             "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        spec.write_text(json.dumps(described))
+        run = notebook_runner(home)
+        run.home, run.pushed = home, pushed
+        yield run
+
+
+@contextmanager
+def stand_in_for_the_hub():
+    """An endpoint on this machine that takes what the Hub's client sends: yields its address and
+    the files that were pushed, as `{name of the repository: {file: bytes}}`."""
+    pushed = {}
+
+    class Endpoint(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            asked = self.rfile.read(int(self.headers.get("content-length", 0)))
+            answer = {}
+            if self.path == "/api/repos/create":
+                made = json.loads(asked)
+                answer = {"url": f"{address}/{made['organization']}/{made['name']}"}
+            elif self.path.endswith("/preupload/main"):
+                answer = {"files": [{"path": file["path"], "uploadMode": "regular",
+                                     "shouldIgnore": False} for file in json.loads(asked)["files"]]}
+            elif self.path.endswith("/commit/main"):
+                name = self.path.removeprefix("/api/models/").removesuffix("/commit/main")
+                lines = [json.loads(line) for line in asked.splitlines()]
+                files = [line["value"] for line in lines if line["key"] == "file"]
+                pushed[name] = {f["path"]: base64.b64decode(f["content"]) for f in files}
+                answer = {"commitUrl": f"{address}/{name}/commit/0", "commitOid": "0"}
+            content = json.dumps(answer).encode()
+            self.send_response(200)
+            self.send_header("content-type", "application/json")
+            self.send_header("content-length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_): pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Endpoint)
+    address = f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try: yield address, pushed
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def notebook_runner(home: Path):
+    "`run(notebook, kernel, folder, kill_when)`: see `clean`."
     def run(notebook, kernel: str, folder: Path, kill_when=None):
         """Execute `notebook` in `folder`; `kill_when()` true kills its kernel at once. Returns the
         text that it printed."""
@@ -188,11 +244,34 @@ def clean(tmp_path_factory):
         assert not wrong, said
         assert not re.search(r"Warning|Traceback", said), said
         return said
-    run.home = home
     return run
 
 
+def switched_on(notebook, home: Path, *switches: str):
+    "With these switches on, and Drive at a place that a test may write to."
+    for cell in notebook.cells:
+        cell.source = re.sub(rf"^({'|'.join(switches)}) = False", r"\1 = True", cell.source,
+                             flags=re.MULTILINE)
+        cell.source = cell.source.replace("/content/drive", str(home / "drive"))
+        cell.source = cell.source.replace('PUSH_TO_HUB = ""', 'PUSH_TO_HUB = "you/a-model"')
+    return notebook
+
+
+def installed(home: Path) -> None:
+    "The lab in the environment of its own, where no notebook has put it there yet."
+    if next((home / "venv").glob("lib/python*/site-packages/sprout_lab"), None): return
+    command = [sys.executable, "-m", "pip", "--python", home / "venv/bin/python", "install", "-q",
+               "--no-deps", "--no-build-isolation", home / "checkout"]
+    subprocess.run(command, check=True)
+
+
 def read(name="transformer"): return nbformat.read(root / f"colab/{name}.ipynb", as_version=4)
+
+
+def torch_equal(one, other) -> list[bool]:
+    "Of each tensor of a model whether it is the other's."
+    theirs = other.state_dict()
+    return [bool((tensor == theirs[name]).all()) for name, tensor in one.state_dict().items()]
 
 
 def steps(run: Path) -> list[tuple]:
@@ -207,12 +286,8 @@ def test_top_to_bottom_as_in_colab_and_on_after_a_kill_elsewhere(clean):
     it trained."""
     from nbclient.exceptions import DeadKernelError
     home, name = clean.home, "transformer-nano-shakespeare"
-    notebook = read()
-    # every switch on, Drive at a place that a test may write to; the install cell stays as it is
-    for cell in notebook.cells:
-        cell.source = re.sub(r"^(USE_DRIVE|SHOW_PANEL|SHOW_PLAYGROUND) = False", r"\1 = True",
-                             cell.source, flags=re.MULTILINE).replace("/content/drive",
-                                                                      str(home / "drive"))
+    # every switch on; the install cell stays as it is
+    notebook = switched_on(read(), home, "USE_DRIVE", "SHOW_PANEL", "SHOW_PLAYGROUND", "EXPORT")
     said = clean(notebook, "colab", home / "in_colab")
     assert sum("widget-view" in kind for c in notebook.cells for o in c.get("outputs", [])
                for kind in o.get("data",
@@ -220,8 +295,8 @@ def test_top_to_bottom_as_in_colab_and_on_after_a_kill_elsewhere(clean):
     run = home / "drive/MyDrive/sprout-lab" / name
     assert ((run / "checkpoints/step_40/model.safetensors").is_file()
             and "finished at step 40" in said and "bits per byte   gzip" in said)
-    installed = (home / "venv").glob("lib/python*/site-packages/sprout_lab/families.py")
-    assert next(installed), "the install cell installed the lab"
+    library = (home / "venv").glob("lib/python*/site-packages/sprout_lab/families.py")
+    assert next(library), "the install cell installed the lab"
     assert (home / "asked").read_text().splitlines() == [f"mount {home / 'drive'}",
                                                          f"download {name}.zip"]
     with zipfile.ZipFile(home / f"in_colab/{name}.zip") as archive:
@@ -229,6 +304,13 @@ def test_top_to_bottom_as_in_colab_and_on_after_a_kill_elsewhere(clean):
     from sprout_lab.families import load_model
     model, tokenizer = load_model(home / "unpacked" / name, log=lambda words: None)
     assert tokenizer.encode("a") and model.config.num_hidden_layers
+    # what was exported is the best checkpoint, and was pushed whole, with its card
+    exported = {file.name: file.read_bytes() for file in (run / "export").iterdir()}
+    assert clean.pushed == {"you/a-model": exported} and "pushed you/a-model" in said
+    assert "model.safetensors" in exported and b"bits per byte" in exported["README.md"]
+    copy, _ = load_model(run / "export")
+    assert all(torch_equal(copy, model))
+    assert "has no ternary layers" in said and not (run / "export-ternary").exists()
 
     second = home / "elsewhere/runs" / name   # the same training, killed between two checkpoints
     log = second / "logs/training_log.csv"
@@ -254,11 +336,7 @@ def test_a_tree_killed_while_it_grows_goes_on_as_the_same_tree(clean):
     in the middle of the growth."""
     from nbclient.exceptions import DeadKernelError
     home, name = clean.home, "sprout-nano-shakespeare"
-    # the first test installs it
-    if not next((home / "venv").glob("lib/python*/site-packages/sprout_lab"), None):
-        subprocess.run([sys.executable, "-m", "pip", "--python", home / "venv/bin/python",
-                        "install", "-q", "--no-deps", "--no-build-isolation", home / "checkout"],
-                       check=True)
+    installed(home)
     said = clean(read("sprout"), "elsewhere", home / "whole")
     whole, torn = home / "whole/runs" / name, home / "torn/runs" / name
     assert ("Node limit reached: 5/5 nodes" in said and "finished at step 40" in said
@@ -281,3 +359,42 @@ def test_a_tree_killed_while_it_grows_goes_on_as_the_same_tree(clean):
     tree = json.loads((torn / "checkpoints/step_40/config.json").read_text())
     assert (len(tree["tree"]) == 5
             and tree == json.loads((whole / "checkpoints/step_40/config.json").read_text()))
+
+
+# what the notebook's own cells say of a family, and whether it has ternary weights
+SAID = {"slm": "bits per byte   gzip", "hnet": "bits per byte   gzip",
+        "mot": "bits per byte   gzip",
+        "tslm": "series exchanged: "}
+TERNARY = {"slm", "hnet"}
+
+
+@pytest.mark.slow   # three notebooks of a family, each in a process of its own: a minute and more
+@pytest.mark.parametrize("family", SAID)
+def test_a_killed_notebook_goes_on_and_exports_for_every_family(clean, family):
+    from nbclient.exceptions import DeadKernelError
+    from sprout_lab.families import families, load_model
+    home, name = clean.home, f"{family}-nano-{families[family].default_data}"
+    installed(home)
+    said = clean(switched_on(read(family), home, "EXPORT"), "colab", home / f"{family}_whole")
+    whole, torn = home / f"{family}_whole/runs" / name, home / f"{family}_torn/runs" / name
+    assert SAID[family] in said and "judged: step" in said and "finished at step 40" in said
+    best, _ = load_model(whole, log=lambda words: None)
+    copy, tokenizer = load_model(whole / "export")
+    assert all(torch_equal(copy, best)) and tokenizer.encode("a")
+    assert set(clean.pushed.pop("you/a-model")) == {f.name for f in (whole / "export").iterdir()}
+    assert (whole / "export-ternary").is_dir() == (family in TERNARY)
+    if family in TERNARY:
+        packed, tokenizer = load_model(whole / "export-ternary")
+        ids = tokenizer("To be, or not", return_tensors="pt").input_ids
+        assert (packed(ids).logits.argmax(-1) == best(ids).logits.argmax(-1)).all()
+    log = torn / "logs/training_log.csv"
+    with pytest.raises(DeadKernelError):
+        clean(read(family), "elsewhere", home / f"{family}_torn",
+              kill_when=lambda: (torn / "checkpoints/step_10").exists() and log.exists()
+              and len(log.read_text().splitlines()) > 3)
+    assert not (torn / "checkpoints/step_40").exists()
+    said = clean(read(family), "elsewhere", home / f"{family}_torn")
+    assert re.search(r"resumed from step_\d0", said) and "finished at step 40" in said
+    weights = "checkpoints/step_40/model.safetensors"
+    assert steps(torn) == steps(whole)
+    assert (torn / weights).read_bytes() == (whole / weights).read_bytes()

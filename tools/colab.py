@@ -8,7 +8,9 @@ have that picture, `each-picture` once for each of a family's pictures. `{{name}
 of the family, of the picture, or of the address in
 settings.ini."""
 import json
+import re
 import sys
+import textwrap
 
 from readme import address, root
 
@@ -80,7 +82,10 @@ def facts(name: str) -> dict[str, str]:
     pages = [(f"nbs/guides/{name}.ipynb", "The guide"),
              (f"nbs/models/{name}.ipynb", "The model, built piece by piece")]
     links = [f"- {title}: [{page}]({at}/{page})" for page, title in pages if (root / page).exists()]
-    sets = list(corpora if family.default_data in corpora else series_sets)
+    reads_text = family.default_data in corpora
+    sets = list(corpora if reads_text else series_sets)
+    listed = ", ".join(f"`{corpus}`" for corpus in sets)
+    own_file = ", or the path of a text file that you have uploaded" if reads_text else ""
     others = [link for key, link in colab_links().items() if key != name]
     links.append(f"- The same with another family: {', '.join(others)}")
     grows = "growth_warmup" in family.config_class.settings.model_fields
@@ -91,7 +96,7 @@ def facts(name: str) -> dict[str, str]:
                                                                              "The "),
         "gpu_size": sizes[min(1, len(sizes) - 1)], "cpu_size": sizes[0],
         "size_menu": json.dumps(["auto", *sizes]), "corpus_menu": json.dumps(sets),
-        "corpora": ", ".join(f"`{corpus}`" for corpus in sets), "links": "\n".join(links),
+        "data_words": f"A corpus is {listed}{own_file}.", "links": "\n".join(links),
         "quick": ',\n                 "growth_warmup": 8, "growth_interval": 8' if grows else ""}
 
 
@@ -117,6 +122,22 @@ def cells_of(family) -> list[tuple[dict, dict]]:
     return chosen
 
 
+def wrapped(text: str, width: int = 100) -> str:
+    """Markdown whose paragraphs, made longer by what was put in, are broken at `width`; headings,
+    lists, quotations and pictures stay."""
+    made, paragraph = [], []
+    for line in [*text.split("\n"), ""]:
+        if line and line[0] not in "#>-![| ": paragraph.append(line); continue
+        if max(map(len, paragraph), default=0) > width:
+            # what stands in code is not broken
+            whole = re.sub(r"`[^`]*`", lambda code: code[0].replace(" ", "\0"), " ".join(paragraph))
+            broken = textwrap.wrap(whole, width, break_long_words=False, break_on_hyphens=False)
+            paragraph = [part.replace("\0", " ") for part in broken]
+        made += [*paragraph, line]
+        paragraph = []
+    return "\n".join(made[:-1])
+
+
 def notebook(name: str) -> str:
     "The text of colab/<name>.ipynb."
     if name == "compare":
@@ -132,6 +153,7 @@ def filled(places: dict[str, str], chosen: list[tuple[dict, dict]]) -> str:
         text = "".join(cell["source"])
         for place, value in {**places, **more}.items():
             text = text.replace("{{" + place + "}}", value)
+        if cell["cell_type"] == "markdown": text = wrapped(text)
         metadata = {key: value for key, value in cell["metadata"].items() if key != "tags"}
         cells.append({**cell, "id": f"cell-{number:02d}", "metadata": metadata,
                       "source": text.splitlines(keepends=True)})

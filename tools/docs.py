@@ -22,21 +22,22 @@ import yaml
 from latex2mathml.converter import convert
 from nbconvert import MarkdownExporter
 from nbconvert.preprocessors import Preprocessor
-from readme import address, render, root
+from readme import GUIDE_ORDER, address, render, root
 from traitlets.config import Config
 
 ROOMS = {"guides": "Guides", "models": "Models", "data": "Data", "trainers": "Training",
          "evaluation": "Evaluation", "decoding": "Decoding", "serving": "Serving",
          "panels": "Panels", "laboratory": "Laboratory", "visualizers": "Pictures",
          "kernels": "Kernels", "": "The house"}
-# the order of the guides; others follow
-FIRST = ("start", "transformer", "slm", "hnet", "sprout", "mot", "tslm", "compare", "serve",
-         "add_a_family")
+FIRST = ("start", *GUIDE_ORDER)
 STYLE = """
 .md-grid { max-width: 76rem; }
 .md-typeset math { font-family: "Latin Modern Math", "STIX Two Math", "Cambria Math",
                              "DejaVu Math TeX Gyre", math, serif; }
-.md-typeset math[display="block"] { margin: .6em 0; padding: .4em 0; font-size: 1.1em;
+.md-typeset .formula { container-type: inline-size; }
+/* as large as there is room for all of its signs, and whole on a telephone, too */
+.md-typeset math[display="block"] { margin: .6em 0; padding: .4em 0;
+                                    font-size: clamp(.45em, 100cqi / (.8 * var(--signs)), 1.1em);
                                     overflow: auto hidden; max-width: 100%; }
 .md-typeset pre > code { font-size: .66rem; }
 .md-typeset .output { margin: -.4em 0 1.4em; padding: 0 .8em; overflow-x: auto;
@@ -46,7 +47,7 @@ STYLE = """
 .md-typeset .output img, .md-typeset p > img { background: white; max-width: 100%; }
 .md-typeset .page-links { font-size: .62rem; opacity: .8; margin: 0 0 1em; }
 .md-typeset .doc-heading { font-size: .8rem; }
-.md-typeset table:not([class]) td:first-child code { white-space: nowrap; }
+.md-typeset table:not([class]) td:nth-child(-n+2) code { white-space: nowrap; }
 """
 
 # A page opened from a folder may not start a worker: its script runs in a hidden frame instead,
@@ -353,6 +354,16 @@ def make(file: Path) -> None:
         raise SystemExit(f"the documentation could not be built: {error}") from None
 
 
+def signs(tex: str) -> int:
+    "About how many signs a line of TeX shows beside each other; of a fraction, its longer side."
+    longer = lambda fraction: max(fraction[1], fraction[2], key=len)
+    tex = re.sub(r"\\q?quad|&", "xx", re.sub(r"\\(?:left|right|,|;|!)", "", tex))
+    tex = re.sub(r"\\(?:text|mathrm|mathbf|operatorname|bar|hat|tilde)\b", "", tex)
+    tex = re.sub(r"\\[a-zA-Z]*frac\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}",
+                 longer, tex)
+    return len(re.sub(r"[{}_^\s]", "", re.sub(r"\\[a-zA-Z]+|\\.", "x", tex)))
+
+
 def finish(site: Path) -> None:
     "Formulas as MathML, and the search's helper from this site instead of the network."
     (site / "assets" / "frame.js").write_text(FRAME, encoding="utf-8")
@@ -363,10 +374,9 @@ def finish(site: Path) -> None:
         for name in ("max", "min"):
             tex = tex.replace(rf"\arg\{name}", rf"\operatorname{{arg{name}}}")
         if found[1] == "span": return convert(tex, display="inline")
-        # signs in its longest line: a wide formula is set smaller, so that it is seen whole
-        wide = max(len(re.sub(r"\\[a-z]+", "x", line)) for line in tex.split(r"\\"))
-        smaller = f' style="font-size:{max(0.6, 72 / wide):.2f}em"' if wide > 72 else ""
-        return f"<div{smaller}>{convert(tex, display='block')}</div>"
+        widest = max(map(signs, tex.split(r"\\")))
+        made = convert(tex, display="block")
+        return f'<div class="formula" style="--signs: {widest}">{made}</div>'
     for path in [*site.rglob("*.html"), *site.rglob("search_index.js*")]:
         text = path.read_text(encoding="utf-8")
         made = formula.sub(mathml, text) if path.suffix == ".html" else text

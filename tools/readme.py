@@ -1,5 +1,5 @@
 """README.md from nbs/index.ipynb: hidden cells dropped, text outputs as code, `{families}` as the
-table of the register. `--check` only says whether they are in step."""
+table of the register, `{guides}` as that of the guides with their times. `--check` only says whether they are in step."""
 import json
 import re
 import sys
@@ -7,6 +7,9 @@ from configparser import ConfigParser
 from pathlib import Path
 
 root = Path(__file__).resolve().parent.parent
+# the order of the guides; others follow
+GUIDE_ORDER = ("transformer", "slm", "hnet", "sprout", "mot", "tslm", "compare", "serve",
+               "many_gpus", "add_a_family")
 
 
 def address() -> dict:
@@ -38,6 +41,23 @@ def families_table() -> str:
     return "\n".join(rows)
 
 
+def guides_table() -> str:
+    "The guides, each with its subtitle and the processor time that its last measured run took."
+    from guide_times import GUIDES, read_times
+    times, rows = read_times(), ["| guide | | processor time |", "|---|---|--:|"]
+    place = {name: number for number, name in enumerate(GUIDE_ORDER)}
+    there = sorted(GUIDES.glob("*.ipynb"), key=lambda p: (place.get(p.stem, len(place)), p.stem))
+    for path in there:
+        first = json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"]
+        title = next(line for line in first if line.startswith("# "))[2:].strip()
+        said = "".join(first).partition("\n> ")[2].partition("\n\n")[0].replace("\n> ", " ")
+        seconds = times.get(path.stem, {}).get("cpu_seconds")
+        took = f"{int(seconds) // 60} min {int(seconds) % 60:02d} s" if seconds else "not measured"
+        words = " ".join(said.split())
+        rows.append(f"| [{title}](guides/{path.name}) | {words} | {took} |")
+    return "\n".join(rows)
+
+
 def render() -> str:
     cells = json.loads((root / "nbs/index.ipynb").read_text(encoding="utf-8"))["cells"]
     parts = []
@@ -54,7 +74,8 @@ def render() -> str:
             if markdown: parts.append("".join(markdown).strip())
             elif text: parts.append(f"```text\n{''.join(text).rstrip()}\n```")
     text = "\n\n".join(parts) + "\n"
-    if "{families}" in text: text = text.replace("{families}", families_table())
+    for place, table in (("{families}", families_table), ("{guides}", guides_table)):
+        if place in text: text = text.replace(place, table())
     for key, value in address().items(): text = text.replace("{" + key + "}", value)
     first = "<!-- written by tools/readme.py from nbs/index.ipynb; edit that -->\n"
     # the notebook's own links are seen from nbs/, those of the README from the root

@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['CONTROL_SHAPES', 'SPLITS', 'THIRDS', 'CAPTION_LABELS', 'MOTIONS', 'CHANNELS', 'BEATS', 'STAGES', 'series_sets',
            'Recording', 'recordings', 'control_chart', 'split_of', 'stretches', 'leaks', 'trend_of', 'third_of_peak',
-           'with_spike', 'choice', 'trend_shape_anomaly', 'caption_facts', 'caption', 'read_caption', 'm1_captions',
-           'motion_rationale', 'basic_motions', 'r_peaks', 'ecg_beats', 'write_digits', 'read_digits', 'forecasts',
-           'Stage', 'load_questions']
+           'with_spike', 'choice', 'with_more_spikes', 'trend_shape_anomaly', 'caption_facts', 'caption',
+           'read_caption', 'm1_captions', 'motion_rationale', 'basic_motions', 'r_peaks', 'ecg_beats', 'write_digits',
+           'read_digits', 'forecasts', 'Stage', 'load_questions']
 
 # %% ../../nbs/data/questions.ipynb #772334dd
 import json
 import lzma
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 
 import numpy as np
@@ -153,6 +153,20 @@ def _asked_of(values, group: str, random, number: int) -> list:
                         f"{name} spike"))
     return found
 
+# %% ../../nbs/data/questions.ipynb #073dc205
+def with_more_spikes(samples: list, real: list, seed: int, most: int) -> list:
+    "A training split with at most `most` further questions on spikes, on its own series."
+    random, asked = np.random.default_rng([seed, 2]), {sample.group for sample in samples}
+    further = []
+    for group, values in real:
+        if group not in asked: continue
+        for turn, way in enumerate((values, values[::-1].copy())):
+            direction = ("up", "down", "none")[int(random.integers(3))]
+            further.append(choice("Spike:", with_spike(way, direction, random), direction,
+                                  ("up", "down", "none"), group, f"{group} {turn} spike again"))
+    together = [*samples, *_balanced(further, random, most)]
+    return [together[k] for k in random.permutation(len(together))]
+
 # %% ../../nbs/data/questions.ipynb #c1bdfe8f
 def trend_shape_anomaly(seed: int = 0, charts: int = 1800, most: int = 900) -> dict:
     """Stage 1: split → questions on trend, peak and spike in real series (each also backwards) and
@@ -171,8 +185,9 @@ def trend_shape_anomaly(seed: int = 0, charts: int = 1800, most: int = 900) -> d
     sets = {split: [] for split in SPLITS}
     for (split, _), samples in kinds.items():
         sets[split] += _balanced(samples, random, most if split == "train" else most // 3)
-    return {split: [samples[k] for k in random.permutation(len(samples))]
-            for split, samples in sets.items()}
+    shuffled = {split: [samples[k] for k in random.permutation(len(samples))]
+                for split, samples in sets.items()}
+    return {**shuffled, "train": with_more_spikes(shuffled["train"], real, seed, most)}
 
 # %% ../../nbs/data/questions.ipynb #b4c51fd1
 CAPTION_LABELS = {"trend": ("rising", "falling", "flat", "mixed"), "peak": THIRDS, "low": THIRDS,
@@ -311,17 +326,21 @@ def forecasts(seed: int = 0, horizon: int = 6, decimals: int = 1) -> dict:
 @dataclass(frozen=True)
 class Stage:
     """A stage of the curriculum: its carried set (none where there is none), its hub set, its
-    epochs, and the longest answer in tokens of bytes."""
+    epochs, the longest answer in tokens of bytes, and what else a run on the carried set needs."""
     name: str
     carried: str | None
     hub: str
     epochs: int
     longest_answer: int = 32
+    settings: dict = field(default_factory=dict)
 
 STAGES = {stage.name: stage for stage in (
     Stage("stage1_mcq", "questions", "TSQA", 30),
-    Stage("stage2_captioning", "m1_captions", "M4", 20, 140),
-    Stage("stage3_cot", "basic_motions", "HAR-CoT", 60, 80),
+    Stage("stage2_captioning", "m1_captions", "M4", 20, 140,
+          {"batch_size": 8, "series_noise": 0.05, "series_scale": 0.3}),
+    Stage("stage3_cot", "basic_motions", "HAR-CoT", 60, 80,
+          {"batch_size": 4, "series_noise": 0.1, "series_crop": 0.3, "series_scale": 0.2,
+           "series_warp": 0.2, "series_dropout": 0.3}),
     Stage("stage4_sleep_cot", None, "SleepEDF-CoT", 60, 80),
     Stage("stage5_ecg_cot", "ecg_beats", "ECG-QA-CoT", 60, 60))}
 

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['check_series', 'SeriesSample', 'z_score', 'statistics_text', 'EncodedSample', 'patch_count', 'SampleEncoder',
-           'collate', 'SeriesSet', 'disturb', 'SeriesBatches', 'SeriesWindows', 'exchange_series', 'sample_from_text']
+           'collate', 'SeriesSet', 'Augmentation', 'warped_places', 'disturb', 'SeriesBatches', 'SeriesWindows',
+           'exchange_series', 'sample_from_text']
 
 # %% ../../nbs/data/series.ipynb #5dd45054
 import math
@@ -160,43 +161,84 @@ class SeriesSet(list):
         commonest = (max(labels.count(label) for label in set(labels)) for labels in kinds.values())
         return sum(commonest) / max(1, len(self))
 
-# %% ../../nbs/data/series.ipynb #6202d79f
-def disturb(sample: SeriesSample, random: np.random.Generator, noise: float, crop: float):
-    """A sample with `noise` (in standard deviations) on its series and up to a share `crop` cut
-    off their ends, the same of all of them."""
-    if not (noise or crop): return sample
-    before, after = random.uniform(0, crop / 2, 2)
+# %% ../../nbs/data/series.ipynb #2de97173
+@dataclass(frozen=True)
+class Augmentation:
+    """What may befall a training sample: `noise` in standard deviations of a series; `crop`, the
+    share that may be cut off its ends; `scale` and `warp`, deviations of the logarithm of its
+    strength and of its local speed (Um et al., 2017); `series_dropout` and `statistics_dropout`,
+    chances that a series is left out and that means and deviations are not written."""
+    noise: float = 0.0
+    crop: float = 0.0
+    scale: float = 0.0
+    warp: float = 0.0
+    series_dropout: float = 0.0
+    statistics_dropout: float = 0.0
+
+    @classmethod
+    def of(cls, config) -> "Augmentation":
+        "The one that a model's configuration asks for."
+        return cls(config.series_noise, config.series_crop, config.series_scale,
+                   config.series_warp, config.series_dropout, config.statistics_dropout)
+
+# %% ../../nbs/data/series.ipynb #cd4020e1
+def warped_places(number: int, warp: float, random: np.random.Generator) -> np.ndarray:
+    "Places `(number,)` from 0 to number - 1, in order, at a speed that changes smoothly."
+    speed = np.exp(warp * random.standard_normal(4))                        # at four knots
+    steps = np.interp(np.linspace(0, 3, number), np.arange(4), speed)
+    places = np.concatenate([[0.0], np.cumsum(steps[1:])])
+    return places / max(places[-1], 1e-12) * (number - 1)
+
+# %% ../../nbs/data/series.ipynb #fdabe601
+def disturb(sample: SeriesSample, random: np.random.Generator, how: Augmentation) -> SeriesSample:
+    "A view of a sample. Cut, speed and most of the strength are the same for all its series."
+    if not any((how.noise, how.crop, how.scale, how.warp, how.series_dropout)): return sample
+    before, after = random.uniform(0, how.crop / 2, 2)
+    strength, seed = np.exp(how.scale * random.standard_normal()), int(random.integers(2**31))
     changed = []
     for values in sample.time_series:
-        n = len(values)
-        values = values[int(before * n):max(int(before * n) + 1, n - int(after * n))]
-        size = noise * float(values.std())
-        changed.append(values + size * random.standard_normal(len(values)).astype(np.float32))
-    return replace(sample, time_series=changed)
+        first, beyond = int(before * len(values)), len(values) - int(after * len(values))
+        values = values[first:max(first + 1, beyond)]
+        if how.warp:
+            places = warped_places(len(values), how.warp, np.random.default_rng(seed))
+            values = np.interp(places, np.arange(len(values)), values)
+        noise = how.noise * float(values.std()) * random.standard_normal(len(values))
+        own = strength * np.exp(how.scale / 2 * random.standard_normal())
+        changed.append((own * (values + noise)).astype(np.float32))
+    stays = [k for k in range(len(changed)) if random.random() >= how.series_dropout]
+    stays = stays or [int(random.integers(len(changed)))]
+    return replace(sample, time_series=[changed[k] for k in stays],
+                   time_series_text=[sample.time_series_text[k] for k in stays])
 
 # %% ../../nbs/data/series.ipynb #ebef233e
 class SeriesBatches:
     """Training batches over samples: `batch(index)` depends on (samples, seed, index) alone;
-    every sample once per epoch, in a seeded order. `noise` and `crop` as for `disturb`."""
+    every sample once per epoch, in a seeded order, as a view that `augmentation` allows."""
 
     def __init__(self, samples: SeriesSet, encoder: SampleEncoder, batch_size: int, seed: int = 0,
-                 noise: float = 0.0, crop: float = 0.0):
+                 augmentation: Augmentation = Augmentation()):
         if not samples: raise ConfigError("there is nothing to train on: the set has no samples")
         self.samples, self.encoder, self.batch_size = samples, encoder, batch_size
-        self.seed, self.noise, self.crop = seed, noise, crop
+        self.seed, self.augmentation = seed, augmentation
+        self.withheld = replace(encoder, statistics=False)
 
     @property
     def batches_per_epoch(self) -> int: return math.ceil(len(self.samples) / self.batch_size)
 
+    def row(self, number: int) -> EncodedSample:
+        "Sample number `number` of an endless order."
+        epoch, place = divmod(number, len(self.samples))
+        order = self.seed + 7919 * epoch
+        sample = self.samples[int(permute([place], len(self.samples), order)[0])]
+        random = np.random.default_rng([self.seed, number])
+        view = disturb(sample, random, self.augmentation)
+        silent = random.random() < self.augmentation.statistics_dropout
+        return (self.withheld if silent else self.encoder).encode(view)
+
     def batch(self, index: int) -> dict:
         "Batch number `index`, as `collate` makes it."
-        numbers, n = index * self.batch_size + np.arange(self.batch_size), len(self.samples)
-        rows = []
-        for number in numbers.tolist():
-            epoch, place = divmod(number, n)
-            sample = self.samples[int(permute([place], n, self.seed + 7919 * epoch)[0])]
-            random = np.random.default_rng([self.seed, number])
-            rows.append(self.encoder.encode(disturb(sample, random, self.noise, self.crop)))
+        first = index * self.batch_size
+        rows = [self.row(number) for number in range(first, first + self.batch_size)]
         return collate(rows, self.encoder.tokenizer.pad_token_id or 0)
 
 # %% ../../nbs/data/series.ipynb #c45729dc

@@ -17,7 +17,7 @@ import torch
 from ..configs import ConfigError
 from ..data.prepare import TrainingData
 from ..data.questions import load_questions, read_caption, read_digits
-from ..data.series import SeriesBatches, SeriesSet, SeriesWindows, sample_from_text
+from ..data.series import Augmentation, SeriesBatches, SeriesSet, SeriesWindows, sample_from_text
 from ..data.series_hub import HUB_SETS, load_hub_questions
 from ..data.tokenizers import load_tokenizer
 from ..decoding.answers import encoder_of, write_answers
@@ -256,7 +256,7 @@ class Series(AnswersQuestions, JudgesAnswers, Objective):
                 seed: int = 0, order: str = "random"):
         "Training batches: every question once per epoch, in a seeded order."
         return SeriesBatches(tokens, _encoder(model_config, tokenizer), batch_size, seed,
-                             model_config.series_noise, model_config.series_crop)
+                             Augmentation.of(model_config))
 
     def windows(self, model_config, tokens, tokenizer, sequence_length: int, batch_size: int,
                 max_batches: int | None = None):

@@ -117,6 +117,16 @@ class TSLMConfig(_SeriesPart):
         "Noise on training series, in standard deviations.", ge=0, le=10)] = 0.0
     series_crop: Annotated[float, setting(
         "Share of a training series that may be cut off its ends.", ge=0, lt=1)] = 0.0
+    series_scale: Annotated[float, setting(
+        "How far the strength of training series varies, as the deviation of its logarithm.",
+        ge=0, le=4)] = 0.0
+    series_warp: Annotated[float, setting(
+        "How far their local speed varies, likewise.", ge=0, le=4)] = 0.0
+    series_dropout: Annotated[float, setting(
+        "Chance that a training series is left out; one of a sample always stays.",
+        ge=0, lt=1)] = 0.0
+    statistics_dropout: Annotated[float, setting(
+        "Chance that a training sample says no mean and std.", ge=0, le=1)] = 0.0
 
     @property
     def frozen(self) -> bool:
@@ -156,8 +166,9 @@ def load_language_tokenizer(llm_id: str):
     source = find_checkpoint(path, log=lambda line: None) if local else llm_id
     try: return load_tokenizer(str(source))
     except ConfigError as error:
-        raise ConfigError(f"llm_id={llm_id}: has no tokenizer that can be loaded ({error})"
-                          ) from None
+        raise ConfigError(f"llm_id={llm_id}: has no tokenizer that can be loaded ({error}); "
+                          "--llm_id takes a run, a folder or a .gguf file too, and --llm_id none "
+                          "is a small model of the lab's own, for --dataset questions") from None
 
 # %% ../../nbs/models/tslm.ipynb #f6d6e49e
 def _first_line(error: Exception) -> str:
@@ -274,7 +285,8 @@ class OpenTSLM(ModelCardMixin, PreTrainedModel, CausalGenerationMixin):
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
-        elif isinstance(module, SeriesEncoder): init.normal_(module.positions, std=0.1)
+        elif isinstance(module, SeriesEncoder):   # as large as a patch, or its norm is lost
+            init.normal_(module.positions, std=1.0)
         elif isinstance(module, PerceiverResampler):
             init.normal_(module.latents, std=0.5)
             init.normal_(module.which_series, std=0.5)

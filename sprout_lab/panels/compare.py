@@ -193,6 +193,10 @@ def _alike(folders: list, most: int = 3) -> list:
     return [folder for folder, unit in units.items() if unit == first][:most]
 
 
+# two beside each other, as wide as there is room; one below the other on a narrow page
+_TWO_BESIDE = ("display:grid;grid-template-columns:repeat(auto-fit,minmax(max(330px,40%),1fr));"
+               "width:100%")
+
 def _page(root: Path, choice) -> tuple[str, str]:
     "The pictures and the table of what is chosen, as HTML; or what is to be said instead."
     nothing = f"There are no runs in {root} yet; a panel, or sprout-lab train, makes one."
@@ -202,9 +206,10 @@ def _page(root: Path, choice) -> tuple[str, str]:
         table, pictures = comparison_html(choice.value), [comparison_figures(choice.value, x)
                                                           for x in ("tokens", "seconds")]
     except ConfigError as error: return "", problem_html(str(error))
-    cells = "".join(f'<div style="flex:1 1 360px;min-width:0">{figure.svg()}</div>'
-                    for pair in zip(*(p.values() for p in pictures)) for figure in pair)
-    return f'<div style="display:flex;flex-wrap:wrap;width:100%">{cells}</div>', table
+    pairs = zip(*(by_unit.values() for by_unit in pictures))   # a row for each unit
+    cells = "".join(f'<div style="min-width:0">{figure.svg()}</div>'
+                    for pair in pairs for figure in pair)
+    return f'<div style="{_TWO_BESIDE}">{cells}</div>', table
 
 
 def compare(root="runs", folders=None) -> Comparison:

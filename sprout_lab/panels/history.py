@@ -17,6 +17,7 @@ import yaml
 
 from ..configs import ConfigError, read_mapping
 from .controls import one_at_a_time, problem_html, push_button
+from .live import read_record
 from ..runs import Run, delete_run, list_runs
 
 # %% ../../nbs/panels/history.ipynb #d4c2e6f1
@@ -74,15 +75,22 @@ def _noted(folder) -> str | None:
     except ConfigError: return None
 
 
+def _score(facts: dict) -> str:
+    "A run's best score in its own unit; nothing of a run that was not evaluated yet."
+    if facts.get("best_bits_per_byte") is not None:
+        return f", {facts['best_bits_per_byte']:.3f} bits per byte"
+    if facts.get("best_loss") is None: return ""
+    try: unit = read_record(facts["folder"]).unit
+    # of a family that is unknown here
+    except ConfigError: return f", loss {facts['best_loss']:.3f}"
+    return f", {facts['best_loss']:.3f} {unit}"
+
+
 def run_label(facts: dict, note: bool = False) -> str:
     """A run in a line: its name, how far it is, its state and its score; `note`: and what was
     noted of it."""
     of = f" of {facts['max_steps']:,}" if facts.get("max_steps") else ""
-    score = ""
-    if facts.get("best_bits_per_byte") is not None:
-        score = f", {facts['best_bits_per_byte']:.3f} bits per byte"
-    elif facts.get("best_loss") is not None: score = f", loss {facts['best_loss']:.3f}"
-    words = f"{facts['name']}, step {facts['step']:,}{of} ({run_state(facts)}{score})"
+    words = f"{facts['name']}, step {facts['step']:,}{of} ({run_state(facts)}{_score(facts)})"
     noted = _noted(facts["folder"]) if note else None
     return f"{words}: {noted}" if noted else words
 

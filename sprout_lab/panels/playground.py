@@ -81,17 +81,18 @@ def _span(piece: TextPiece, group: str, reasons: bool, guess: bool) -> str:
 
 
 def clickable_text(prompt: str, pieces: list[TextPiece], reasons: bool = True,
-                   guesses=frozenset()) -> str:
+                   guesses=frozenset(), unit: str = "bits per byte") -> str:
     """`prompt` and the pieces that continue it, as HTML without a script: shaded by surprise, and
     with `reasons` a click on a piece shows its five alternatives. `pieces`: those of
-    `stream_text(..., details=True)`; `guesses`: numbers of those that filled a gap."""
+    `stream_text(..., details=True)`; `guesses`: numbers of those that filled a gap; `unit`: of
+    the mean surprise."""
     group = f"sprout{next(_groups)}"
     spans = [_span(piece, group, reasons, number in guesses) for number, piece in enumerate(pieces)
              if piece.surprise]
     known = [p for p in pieces if p.surprise and not math.isnan(_bits(p))]
     size = sum(len(p.text.encode()) for p in known)
     words = "bits of surprise"
-    if size: words += f"; {math.fsum(map(_bits, known)) / size:.2f} bits per byte over this text"
+    if size: words += f"; {math.fsum(map(_bits, known)) / size:.2f} {unit} over this text"
     if reasons and known: words += ". Click a character to see what else it might have been."
     before = f'<span style="opacity:.7">{html.escape(prompt)}</span>'
     page = f'<pre>{before}{"".join(spans)}</pre>{shade_scale_html(_HIGHEST, words)}'
@@ -157,16 +158,18 @@ class _Mode(NamedTuple):
     settings: dict
     hint: str
     usual: str
+    unit: str   # of the mean surprise
     buttons: dict
 
 
 _WRITING = _Mode(dict(max_tokens=200, temperature=1.0, top_k=50, top_p=0.9, repetition_penalty=1.0,
                       seed=None),
-                 "the beginning of a text", "ROMEO:\n",
+                 "the beginning of a text", "ROMEO:\n", "bits per byte",
                  {"Write": "pencil", "More": "forward", "Read": "eye", "Stop": "stop",
                   "Clear": "eraser"})
 _FILLING = _Mode(dict(temperature=0.0, seed=None), "a text with [MASK] where something is missing",
                  "To be, or not to [MASK][MASK]: that is the question",
+                 "pseudo bits per byte, each token hidden alone,",
                  {"Fill": "pencil", "Read": "eye", "Stop": "stop", "Clear": "eraser"})
 
 # %% ../../nbs/panels/playground.ipynb #7676bf1c
@@ -269,7 +272,8 @@ class _PlaygroundThread(_PlaygroundWork):
         try: words = work(*model_of(self.source, self.given_tokenizer))
         except Exception as error: state, words = "failed", error_words(error)
         else: state = "ready"
-        self.page.value = clickable_text(self.begin, self.pieces, guesses=self.guesses)
+        self.page.value = clickable_text(self.begin, self.pieces, guesses=self.guesses,
+                                         unit=self.unit)
         self.enter(state, words)
 
     @property
@@ -292,6 +296,7 @@ class Playground(_PlaygroundThread):
     def __init__(self, source, tokenizer=None, prompt: str | None = None, **settings):
         self.source, self.given_tokenizer, self.fills = _source_of(source, tokenizer)
         mode = _FILLING if self.fills else _WRITING
+        self.unit = mode.unit
         self.begin = mode.usual if prompt is None else prompt
         self.thread, self.pieces, self.guesses = None, [], set()
         self.stopping, self.handling = threading.Event(), threading.RLock()

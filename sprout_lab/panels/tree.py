@@ -56,9 +56,9 @@ def plot_trace(traced: dict, parents: list[int], title: str | None = None,
     path, nodes, look = traced["path"], range(len(parents)), dict(title=title, style=style)
     if path and isinstance(path[0], list):   # a path per token
         counts = [sum(node in one for one in path) for node in nodes]
-        names = [f"{count} of {len(path)} tokens" if count else "" for count in counts]
+        names = [f"{count} of {len(path)}" if count else "" for count in counts]
         visited = {node for one in path for node in one}
-        return plot_tree(parents, counts, names=names, highlight=visited, **look)
+        return plot_tree(parents, counts, names=names, highlight=visited, counts=False, **look)
     names = [""] * len(parents)
     for compatibility in traced["compatibilities"].values():
         for child, value in compatibility.items(): names[child] = f"{value:.2f}"
@@ -108,10 +108,11 @@ class Ask:
         self.text.observe(lambda _: self.show(self.text.value), "value")
         self.level.observe(lambda _: self._show_attention(), "value")
         button = push_button("Ask", "search", lambda: self.show(self.text.value), "primary")
-        half = widgets.Layout(flex="1 1 380px", min_width="0", width="auto")
-        looking = widgets.VBox([widgets.HTML(_NOTE), self.level, self.attention], layout=half)
+        less, more = (widgets.Layout(flex=flex, min_width="0", width="auto")
+                      for flex in ("2 1 280px", "3 1 440px"))   # letters need the room
+        looking = widgets.VBox([widgets.HTML(_NOTE), self.level, self.attention], layout=more)
         # beside each other where there is room, below each other where there is none
-        answer = wrapping_row(widgets.VBox([self.tree], layout=half), looking)
+        answer = wrapping_row(widgets.VBox([self.tree], layout=less), looking)
         answer.layout.align_items = "flex-start"
         self.box = widgets.VBox([widgets.HBox([self.text, button]), self.message, answer])
         self.show(text)

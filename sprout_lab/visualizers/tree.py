@@ -275,22 +275,31 @@ def plot_compatibility(compatibilities: dict, num_texts: int, parents: list[int]
     return figure
 
 # %% ../../nbs/visualizers/tree.ipynb #434371b7
+def _end_of_each(paths, kinds: list[str]) -> tuple[np.ndarray, list[str]]:
+    "The last node of each path and its kind: of texts, or of every token of each text."
+    paths = np.asarray(paths)
+    if paths.ndim not in (2, 3) or paths.shape[1] != len(kinds):
+        shape, needed = list(paths.shape), "(levels, texts) or (levels, texts, length) is needed"
+        raise ConfigError(f"paths of shape {shape} for {len(kinds)} labels; {needed}")
+    steps = 1 if paths.ndim == 2 else paths.shape[2]
+    columns = paths.reshape(len(paths), -1).T                   # (texts · steps, levels)
+    ends = np.array([column[column >= 0][-1] for column in columns])
+    return ends, [kind for kind in kinds for _ in range(steps)]
+
 def plot_destinations(paths, kinds, names=None, title: str | None = None,
                       style: str = "light") -> Figure:
-    """Share of each kind of text by the last node of its path. `paths`: int `(levels, texts)`, -1
-    below a path's end, as `PathLog.paths()` gives it; `kinds`: a label per text; `names`: of
-    nodes, by number."""
-    paths, kinds = np.asarray(paths), [str(kind) for kind in kinds]
-    if paths.ndim != 2 or paths.shape[1] != len(kinds):
-        raise ConfigError(f"paths of shape {list(paths.shape)} for {len(kinds)} labels; (levels, "
-                          "texts) is needed, sequences routed as wholes")
-    ends = np.array([column[column >= 0][-1] for column in paths.T])
+    """Share of each kind of text by the last node of its path. `paths`: int `(levels, texts)`, or
+    `(levels, texts, length)` where every token takes a path of its own, -1 below a path's end, as
+    `PathLog.paths()` gives it; `kinds`: a label per text; `names`: of nodes, by number."""
+    kinds = [str(kind) for kind in kinds]
+    ends, routed = _end_of_each(paths, kinds)
     leaves, rows = sorted(set(ends.tolist())), sorted(set(kinds), key=kinds.index)
     shares = np.zeros((len(rows), len(leaves)))
-    for end, kind in zip(ends.tolist(), kinds):
-        shares[rows.index(kind), leaves.index(end)] += 1 / kinds.count(kind)
+    for end, kind in zip(ends.tolist(), routed): shares[rows.index(kind), leaves.index(end)] += 1
+    shares /= shares.sum(axis=1, keepdims=True)
     figure, ax = new_figure(2.6 + 0.9 * len(leaves), 1.3 + 0.38 * len(rows), style=style)
-    _heat_map(ax, shares, "share of the kind")
+    _heat_map(ax, shares,
+              "share of the kind" if len(routed) == len(kinds) else "share of its tokens")
     for (row, column), share in np.ndenumerate(shares):
         _write_on_color(ax, column + 0.5, row + 0.5, f"{share:.0%}", fontsize=8)
     columns = [f"node {leaf}" if names is None else str(names[leaf]) for leaf in leaves]
