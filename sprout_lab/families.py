@@ -37,11 +37,13 @@ from .models.transformer import TransformerConfig, TransformerForCausalLM
 from .models.tslm import OpenTSLM, TSLMConfig
 import sprout_lab.evaluation.series  # noqa: F401  importing it registers the objective
 from .objectives import Objective, get_objective
+from .progress import Progress
 from .remote import mirror_of, run_folders
 from .runs import Run, claim, find_checkpoint
 from .trainers.checkpoints import load_pretrained
 from .trainers.growth import EpochSummary, Growth
 from .trainers.mirror import Mirror
+from .trainers.starting import tokenizer_folder
 from .trainers.thoughts import ThoughtHistory
 from .trainers.trainer import Trainer, seed_everything
 from .visualizers.style import Figure
@@ -284,6 +286,7 @@ def _configuration_of_resumed(flags: dict) -> str | None:
         flags.setdefault("output_dir", str(run.folder))
     elif resume == "auto" and flags.get("output_dir"): run = Run(flags["output_dir"])
     else: return None
+    if tokenizer_folder(run).is_dir(): flags.setdefault("tokenizer", str(tokenizer_folder(run)))
     return str(run.config) if run.exists() else None
 
 def _named_family(family: str | None, content: dict, config) -> Family:
@@ -404,7 +407,7 @@ def draw_pictures(path, names=(), text: str | None = None, output=None, style: s
     single = len(names) == 1 and target.suffix != ""
     (target.parent if single else target).mkdir(parents=True, exist_ok=True)
     written = []
-    for name in names:
+    for name in Progress("drawing", "pictures").track(names):
         try:
             figure = family.draw(name, model, tokenizer, text)
             figure.style = style

@@ -14,7 +14,10 @@ feed-forward network is as wide as the two chosen branches together. Writes stud
 - upcycling: a dense Transformer, trained on as it is, and as a mixture of copies of its networks
   for as many multiplications.
 - creativity: diversity and quality of what the mixture and the dense Transformer write.
-- adapters: a mixture trained on Shakespeare, fine-tuned on the tales by LoRA and in full."""
+- cold: strong noise at a low temperature, for the mixture.
+- adapters: a mixture trained on Shakespeare, fine-tuned on the tales by LoRA and in full; and a
+  ternary model (the SLM), whose adapter stays beside its weights or is added to them and so passes
+  through the quantiser."""
 import argparse
 import json
 import math
@@ -32,9 +35,11 @@ from sprout_lab.configs import TrainingConfig
 from sprout_lab.data.corpora import load_corpus
 from sprout_lab.data.tokenizers import ByteTokenizer
 from sprout_lab.evaluation import diversity
+from sprout_lab.kernels.bitlinear import quantize_weight
 from sprout_lab.metrics import evaluation_mode
 from sprout_lab.models import mot
 from sprout_lab.models.mot import MoTConfig, MoTForCausalLM, upcycle
+from sprout_lab.models.slm import SimplifiedSLMForCausalLM, SLMConfig
 from sprout_lab.models.transformer import TransformerConfig, TransformerForCausalLM
 from sprout_lab.trainers.optimizers import build_optimizer, learning_rate_at
 from sprout_lab.trainers.thoughts import branch_use, dead_branches
@@ -217,7 +222,8 @@ PROMPTS = ["Once upon a time ", "The little girl ", "In the morning "]
 @contextmanager
 def noise(kind: str, model, level: float):
     "The model thinking with noise of another kind within the block; 'noise' is its own."
-    before = mot.disturbed, mot.ThoughtRouter.forward
+    before = mot.disturbed, mot.ThoughtRouter.forward, mot.fused_thoughts_run
+    mot.fused_thoughts_run = lambda x, weight: False     # the loops in C have one kind of noise
     place, kept = iter(range(10**9)), {}
 
     def at_place(wanted):   # a branch is disturbed twice: at its input, and in its latent state
@@ -249,7 +255,7 @@ def noise(kind: str, model, level: float):
     try:
         asked = 0.0 if kind == "drawn branches" else level
         with model.creative(asked, seed=0): yield
-    finally: mot.disturbed, mot.ThoughtRouter.forward = before
+    finally: mot.disturbed, mot.ThoughtRouter.forward, mot.fused_thoughts_run = before
 
 
 KINDS = ("at the input", "in the latent state", "per trajectory", "drawn branches")
@@ -271,7 +277,7 @@ def find_judge():
 def creativity(corpus: Corpus, seeds: int) -> dict:
     tales, tokenizer, points = Corpus(("tales",)), ByteTokenizer(), []
     judge_name, judge = find_judge()
-    asked = dict(prompts=PROMPTS, judge=judge, samples=5, length=120)
+    asked = dict(prompts=PROMPTS, judge=judge, samples=4, length=100)
     mean = lambda scores: statistics.fmean(scores.values())
     scores = []
     for seed in range(seeds):
@@ -289,40 +295,98 @@ def creativity(corpus: Corpus, seeds: int) -> dict:
                 torch.manual_seed(seed)
                 with noise(kind, models["mixture"], level):
                     texts = diversity.sample_at(models["mixture"], tokenizer, PROMPTS,
-                                                "temperature", 0.8, 5, 120, seed)
+                                                "temperature", 0.8, 4, 100, seed)
                 point = diversity.diversity_of(texts, f"creativity {kind}", level, judge, seed)
                 points.append({"model": "mixture", **asdict(point)})
         print(f"seed {seed}: {len(points)} points", flush=True)
     return {"judge": judge_name, "models": scores, "points": points}
 
 
-def adapters(corpus: Corpus, seeds: int) -> dict:
-    from peft import LoraConfig, get_peft_model
-    shakespeare, tales = Corpus(("shakespeare",)), Corpus(("tales",))
-    runs = []
+def cold(corpus: Corpus, seeds: int) -> dict:
+    "Strong noise at a low temperature, against the same low temperatures without."
+    tales, tokenizer, points = Corpus(("tales",)), ByteTokenizer(), []
+    judge_name, judge = find_judge()
+    asked = [("none", temperature, 0.0) for temperature in (0.4, 0.5, 0.6, 0.7)]
+    asked += [(kind, 0.4, level) for kind in ("at both places", "in the latent state")
+              for level in (4.0, 8.0, 16.0)]
     for seed in range(seeds):
-        base = build("mixture", seed)
-        train(base, shakespeare, seed, 2 * STEPS)
-        state = {name: tensor.clone() for name, tensor in base.state_dict().items()}
-        before = bits_per_byte(base, corpus)
-        wrapped = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, task_type="CAUSAL_LM",
-                                                  target_modules=["q_proj", "k_proj", "v_proj",
-                                                                  "o_proj"]))
-        share = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
-        seconds = train(wrapped, tales, seed, STEPS // 2, optimizer="adamw", learning_rate=3e-3)
-        after = bits_per_byte(wrapped.merge_and_unload(), corpus)
-        full = build("mixture", seed)
-        full.load_state_dict(state)
-        slow = train(full, tales, seed, STEPS // 2, optimizer="adamw", learning_rate=1e-3)
-        runs.append({"seed": seed, "before": before, "after LoRA": after,
-                     "after training all": bits_per_byte(full, corpus), "trained weights": share,
-                     "all weights": sum(p.numel() for p in full.parameters()),
-                     "cpu_seconds": {"LoRA": seconds, "all": slow}})
-        print(runs[-1], flush=True)
-    return {"runs": runs}
+        mixture = build("mixture", seed)
+        train(mixture, tales, seed, 2 * STEPS)
+        for kind, temperature, level in asked:
+            with noise(kind, mixture, level):
+                texts = diversity.sample_at(mixture, tokenizer, PROMPTS, "temperature",
+                                            temperature, 4, 100, seed)
+            setting = (f"noise {kind}, at temperature {temperature}" if level else "temperature")
+            point = diversity.diversity_of(texts, setting, level or temperature, judge, seed)
+            points.append({"model": "mixture", **asdict(point)})
+        print(f"seed {seed}: {len(points)} points", flush=True)
+    return {"judge": judge_name, "points": points}
 
 
-PARTS = {"ablations": ablations, "upcycling": upcycling, "creativity": creativity,
+def low_rank(model):
+    "The model wrapped with a fresh adapter in its attention, or where its family has it."
+    from sprout_lab.trainers.adapters import AdapterConfig, add_adapter
+    mixture = isinstance(model, MoTForCausalLM)
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj"] if mixture else []
+    return add_adapter(model, AdapterConfig(target_modules=targets))
+
+
+def trained_weights(model) -> int: return sum(p.numel() for p in model.parameters()
+                                              if p.requires_grad)
+
+
+def adapters(corpus: Corpus, seeds: int) -> dict:
+    runs, ternary = [], []
+    for seed in range(seeds):
+        runs.append(adapter_run(seed, corpus))
+        ternary.append(ternary_adapter(seed, corpus))
+        print(json.dumps([runs[-1], ternary[-1]]), flush=True)
+    return {"runs": runs, "ternary": ternary}
+
+
+def adapter_run(seed: int, corpus: Corpus) -> dict:
+    "A mixture that learned Shakespeare learns the tales: by LoRA, and with all of its weights."
+    tales, base = Corpus(("tales",)), build("mixture", seed)
+    train(base, Corpus(("shakespeare",)), seed, 2 * STEPS)
+    full = build("mixture", seed)
+    full.load_state_dict(base.state_dict())
+    before, wrapped = bits_per_byte(base, corpus), low_rank(base)
+    share = trained_weights(wrapped)
+    seconds = train(wrapped, tales, seed, STEPS // 2, optimizer="adamw", learning_rate=3e-3)
+    after = bits_per_byte(wrapped.merge_and_unload(), corpus)
+    slow = train(full, tales, seed, STEPS // 2, optimizer="adamw", learning_rate=1e-3)
+    return {"seed": seed, "before": before, "after LoRA": after,
+            "after training all": bits_per_byte(full, corpus), "trained weights": share,
+            "all weights": trained_weights(full), "cpu_seconds": {"LoRA": seconds, "all": slow}}
+
+
+def ternary_adapter(seed: int, corpus: Corpus) -> dict:
+    "Bits per byte with the adapter beside the ternary weights, and added to them; what flipped."
+    torch.manual_seed(seed)
+    base = SimplifiedSLMForCausalLM(SLMConfig(vocab_size=256, hidden_size=64,
+                                              num_hidden_layers=2))
+    train(base, Corpus(("shakespeare",)), seed, 2 * STEPS)
+    found, wrapped = {"seed": seed, "before": bits_per_byte(base, corpus)}, low_rank(base)
+    train(wrapped, Corpus(("tales",)), seed, STEPS // 2, optimizer="adamw", learning_rate=3e-3)
+    found["beside"] = bits_per_byte(wrapped, corpus)
+    changed = total = 0
+    moved, wanted = 0.0, 0.0
+    with torch.no_grad():
+        layers = [module for module in wrapped.modules() if hasattr(module, "lora_A")]
+        for layer in layers:
+            weight, delta = layer.get_base_layer().weight, layer.get_delta_weight("default")
+            old = quantize_weight(weight)
+            new = quantize_weight(weight + delta)
+            weight.add_(delta)
+            changed, total = changed + int((old[0] != new[0]).sum()), total + weight.numel()
+            step = new[0] * new[1] - old[0] * old[1]     # what the quantiser lets through
+            moved += float((step * delta).sum())
+            wanted += float(delta.square().sum())
+        with wrapped.disable_adapter(): found["merged"] = bits_per_byte(wrapped, corpus)
+    return {**found, "codes_changed": changed / total, "passed_on": moved / wanted}
+
+
+PARTS = {"ablations": ablations, "upcycling": upcycling, "creativity": creativity, "cold": cold,
          "adapters": adapters}
 
 

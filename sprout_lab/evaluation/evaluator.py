@@ -173,7 +173,8 @@ class Comparison(dict):
 
     def cells(self) -> list[list[str]]:
         "The table as rows of text, its head first; the best checkpoint has an asterisk."
-        shown = [m for m in self.objective.metrics if any(m in row for row in self.values())]
+        known = lambda metric: any(row.get(metric) is not None for row in self.values())
+        shown = [metric for metric in self.objective.metrics if known(metric)]
         best = self.best if len(self) > 1 else None
         table = [["checkpoint", *(metric_words(m, None)[0] for m in shown)]]
         for name, row in self.items():

@@ -110,11 +110,14 @@ class KeyValueLayer(PreallocatedLayer, CacheLayerMixin):
 # %% ../../nbs/models/cache.ipynb #bc09b5f4
 def select_rows(layer: KeyValueLayer, rows) -> None:
     """Keep `rows` of a layer (indices, in any order, repeats allowed), in place where there is
-    room."""
+    room; where rows from behind fill the gaps of those that go, only they are copied."""
     if not layer.is_initialized: return
-    first = torch.arange(len(rows)).equal(torch.as_tensor(rows).cpu())
-    if first and len(rows) <= len(layer.keys) and _holds(layer, len(rows)):
-        return layer._use_rows(len(rows))                      # the others go, nothing moves
+    wanted = torch.as_tensor(rows).tolist()
+    moved = [place for place, row in enumerate(wanted) if row != place]
+    behind = all(len(wanted) <= wanted[place] < len(layer.keys) for place in moved)
+    if behind and len(wanted) <= len(layer.keys) and _holds(layer, len(wanted)):
+        for t in layer.filled(): t[moved] = t[[wanted[place] for place in moved]]
+        return layer._use_rows(len(wanted))                    # the others stay where they are
     chosen = [t[rows] for t in layer.filled()]                 # copies
     if not _holds(layer, len(rows)): return _fill_new(layer, chosen, layer.keys.shape[2])
     layer._use_rows(len(rows))

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['check_thought_history', 'MoTConfig', 'ThoughtRouter', 'grouped_linear_reference', 'grouped_linear', 'ThoughtBranches',
-           'disturbed', 'ThoughtCombiner', 'pairwise_similarity', 'ThoughtRecord', 'ThoughtLayer', 'MoTBlock',
-           'MoTPreTrainedModel', 'MoTModel', 'MoTOutput', 'Creativity', 'MoTForCausalLM', 'thought_record',
+           'disturbed', 'thoughts_reference', 'ThoughtCombiner', 'pairwise_similarity', 'ThoughtRecord', 'ThoughtLayer',
+           'MoTBlock', 'MoTPreTrainedModel', 'MoTModel', 'MoTOutput', 'Creativity', 'MoTForCausalLM', 'thought_record',
            'with_record', 'auxiliary_loss', 'ParallelThoughts', 'generate_parallel_thoughts', 'branch_likeness',
            'upcycle']
 
@@ -21,6 +21,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import ModelOutput
 
 from ..configs import ConfigError, setting
+from ..kernels.thoughts import fused_thoughts, fused_thoughts_run
 from .causal import CausalGenerationMixin, kept_positions, next_token_loss
 from .shared_batch import shared_by, whole_batch_sum
 from sprout_lab.models.transformer import (
@@ -153,18 +154,8 @@ class ThoughtBranches(nn.Module):
         tokens, k = chosen.shape
         branch, order = chosen.flatten().sort(stable=True)                               # (M,)
         counts = torch.bincount(branch, minlength=len(self.up)).tolist()
-        token = order // k                                                               # (M,)
-        rows = x[token]                                                                  # (M, D)
-        amount = None
-        if creativity is not None:
-            freedom = (rows * self.freedom[branch]).sum(-1).sigmoid()                    # (M,)
-            amount = (self.noise_scale * creativity[token] * freedom).unsqueeze(-1)
-        rows = rows * self.gain[branch] + self.shift[branch]
-        rows = disturbed(rows, amount, generator)
-        latent = grouped_linear(rows, self.up, counts)                            # (M, 2F or F)
-        if self.up_bias is not None: latent = latent + self.up_bias[branch]
-        latent = disturbed(self.activated(latent), amount, generator)             # (M, F)
-        thoughts = grouped_linear(latent, self.down, counts)                      # (M, D)
+        think = fused_thoughts if fused_thoughts_run(x, self.up) else thoughts_reference
+        thoughts = think(x, self, order, branch, counts, k, creativity, generator)       # (M, D)
         if self.down_bias is not None: thoughts = thoughts + self.down_bias[branch]
         unsorted = thoughts.new_empty(len(order), x.shape[-1]).index_copy(0, order, thoughts)
         return unsorted.view(tokens, k, -1)
@@ -183,6 +174,22 @@ def disturbed(x, amount=None, generator=None):
     noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
     size = x.detach().square().mean(-1, keepdim=True).sqrt()
     return x + amount.to(x.dtype) * size * noise
+
+# %% ../../nbs/models/mot.ipynb #d2af39c7
+def thoughts_reference(x, branches: ThoughtBranches, order, branch, counts: list[int], k: int,
+                       creativity=None, generator=None) -> torch.Tensor:
+    """`fused_thoughts` of `kernels/thoughts` in plain torch: row m is token `order[m] // k` of
+    `x (N, D)` at its `branch[m]`, before the last bias, `(M, D)`."""
+    token = order // k
+    rows, amount = x[token], None                                                    # (M, D)
+    if creativity is not None:
+        freedom = (rows * branches.freedom[branch]).sum(-1).sigmoid()                # (M,)
+        amount = (branches.noise_scale * creativity[token] * freedom).unsqueeze(-1)
+    rows = disturbed(rows * branches.gain[branch] + branches.shift[branch], amount, generator)
+    latent = grouped_linear(rows, branches.up, counts)                        # (M, 2F or F)
+    if branches.up_bias is not None: latent = latent + branches.up_bias[branch]
+    latent = disturbed(branches.activated(latent), amount, generator)         # (M, F)
+    return grouped_linear(latent, branches.down, counts)                      # (M, D)
 
 # %% ../../nbs/models/mot.ipynb #b5ae5f5d
 class ThoughtCombiner(nn.Module):

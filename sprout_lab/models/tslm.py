@@ -166,8 +166,9 @@ def load_language_tokenizer(llm_id: str):
     source = find_checkpoint(path, log=lambda line: None) if local else llm_id
     try: return load_tokenizer(str(source))
     except ConfigError as error:
-        raise ConfigError(f"llm_id={llm_id}: has no tokenizer that can be loaded ({error})"
-                          ) from None
+        raise ConfigError(f"llm_id={llm_id}: has no tokenizer that can be loaded ({error}); "
+                          "--llm_id takes a run, a folder or a .gguf file too, and --llm_id none "
+                          "is a small model of the lab's own, for --dataset questions") from None
 
 # %% ../../nbs/models/tslm.ipynb #f6d6e49e
 def _first_line(error: Exception) -> str:

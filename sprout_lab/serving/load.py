@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Timing', 'timed_request', 'run_clients', 'percentile', 'load_facts', 'save_bench_model', 'plain_app', 'serve_plain',
-           'BenchServer', 'bench_serve', 'load_table']
+           'end_with_parent', 'processor_seconds', 'BenchServer', 'bench_serve', 'load_table']
 
 # %% ../../nbs/serving/load.ipynb #be344b02
 import asyncio
@@ -28,40 +28,43 @@ from ..models.importing import export_llama
 # %% ../../nbs/serving/load.ipynb #6231ac03
 @dataclass
 class Timing:
-    "One request: seconds to its `first` token and to its end (`total`), and its `tokens`."
+    """One request: seconds to its `first` token and to its end (`total`), and its `tokens`;
+    `first_cpu`: seconds of the server's processor time to its first token."""
     first: float
     total: float
     tokens: int
+    first_cpu: float = 0.0
 
     @property
     def per_token(self) -> float: return (self.total - self.first) / max(1, self.tokens - 1)
 
-async def timed_request(host: str, port: int, body: dict) -> Timing:
-    "Send a streaming completion and read it to its end; an error of the server is a `ConfigError`."
+async def timed_request(host: str, port: int, body: dict, cpu=lambda: 0.0) -> Timing:
+    """Send a streaming completion and read it to its end; an error of the server is a
+    `ConfigError`. `cpu()`: the server's processor time so far, in seconds."""
     reader, writer = await asyncio.open_connection(host, port)
     content = json.dumps({**body, "stream": True, "stream_options": {"include_usage": True}})
     head = ("POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
             f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n")
-    began, first, usage = time.perf_counter(), None, None
+    began, first, usage, before = time.perf_counter(), None, None, cpu()
     writer.write((head + content).encode())
     status = await reader.readline()
     if b" 200 " not in status:
         raise ConfigError(f"the server answered {status.decode('latin-1').strip()!r}")
     async for line in reader:
         if not line.startswith(b"data: "): continue
-        if first is None: first = time.perf_counter() - began
+        if first is None: first, first_cpu = time.perf_counter() - began, cpu() - before
         if b'"completion_tokens"' in line: usage = json.loads(line[6:])["usage"]
     writer.close()
     if usage is None: raise ConfigError("a stream ended before its usage came")
-    return Timing(first, time.perf_counter() - began, usage["completion_tokens"])
+    return Timing(first, time.perf_counter() - began, usage["completion_tokens"], first_cpu)
 
-async def run_clients(host: str, port: int, clients: int, requests: int,
-                      body) -> tuple[float, list[Timing]]:
+async def run_clients(host: str, port: int, clients: int, requests: int, body,
+                      cpu=lambda: 0.0) -> tuple[float, list[Timing]]:
     """(seconds, timings) of `requests` in all from so many `clients` at once; `body(k)` is request
-    k."""
-    numbers, timings = iter(range(requests)), []
+    k. The timings of the first requests of all clients come first."""
+    numbers, timings = iter(range(requests)), [None] * requests
     async def client():
-        for k in numbers: timings.append(await timed_request(host, port, body(k)))
+        for k in numbers: timings[k] = await timed_request(host, port, body(k), cpu)
     began = time.perf_counter()
     await asyncio.gather(*(client() for _ in range(clients)))
     return time.perf_counter() - began, timings
@@ -72,11 +75,17 @@ def percentile(values: list[float], share: float) -> float:
     ordered = sorted(values)
     return ordered[max(0, min(len(ordered) - 1, -int(-share * len(ordered) // 1) - 1))]
 
-def load_facts(seconds: float, timings: list[Timing]) -> dict:
-    "Rates and percentiles (milliseconds) of a run of clients."
+def load_facts(seconds: float, timings: list[Timing], clients: int = 1) -> dict:
+    """Rates and percentiles (milliseconds) of a run of `clients`; the first token's without the
+    requests that arrived at once, where others followed."""
+    at_once = timings[:clients]
+    later = timings[clients:] or at_once
     facts = {"requests": len(timings), "requests_per_second": len(timings) / seconds,
              "tokens_per_second": sum(t.tokens for t in timings) / seconds}
-    for name, values in (("first_token_ms", [t.first for t in timings]),
+    for name, values in (("first_token_ms", [t.first for t in later]),
+                         ("first_token_cpu_ms", [t.first_cpu for t in later]),
+                         ("at_once_ms", [t.first for t in at_once]),
+                         ("at_once_cpu_ms", [t.first_cpu for t in at_once]),
                          ("per_token_ms", [t.per_token for t in timings])):
         for share in (50, 95, 99):
             facts[f"{name}_p{share}"] = 1000 * percentile(values, share / 100)
@@ -123,19 +132,34 @@ def serve_plain(folder, port: int) -> None:
     import uvicorn
     uvicorn.run(plain_app(folder), host="127.0.0.1", port=int(port), log_level="critical")
 
+# %% ../../nbs/serving/load.ipynb #a3c2768b
+def end_with_parent() -> None:
+    "End this process when the one that started it has: its end of the standard input closes then."
+    def wait():
+        while sys.stdin.buffer.raw.read(1): pass
+        os._exit(0)
+    threading.Thread(target=wait, daemon=True).start()
+
+def processor_seconds(pid: int) -> float:
+    "Processor time of a process so far, all its threads; 0 where the system does not tell."
+    try: return time.clock_gettime((~pid << 3) | 2)      # clock_getcpuclockid of Linux
+    except OSError: return 0.0
+
 # %% ../../nbs/serving/load.ipynb #52dd26b5
 class BenchServer:
-    "A server in a process of its own: `kind` is `ours` or `plain`; a context manager."
+    """A server in a process of its own, which ends when this one does: `kind` is `ours` or
+    `plain`; a context manager."""
 
     def __init__(self, kind: str, folder):
         from sprout_lab.serving.server import listening_socket
         with listening_socket("127.0.0.1", 0) as listener: self.port = listener.getsockname()[1]
-        code = ("import sys; from sprout_lab.serving.load import serve_plain; "
-                "serve_plain(*sys.argv[1:])", str(folder), str(self.port))
+        begin = "import sys; from sprout_lab.serving import load; load.end_with_parent(); "
+        code = begin + "load.serve_plain(*sys.argv[1:])", str(folder), str(self.port)
         if kind == "ours":
-            code = ("from sprout_lab.cli import main; main()", "serve", str(folder), "--port",
-                    str(self.port), "--max_waiting", "512")
-        self.process = subprocess.Popen([sys.executable, "-c", *code], stderr=subprocess.DEVNULL)
+            code = (begin + "from sprout_lab.cli import main; main()", "serve", str(folder),
+                    "--port", str(self.port), "--max_waiting", "512")
+        self.process = subprocess.Popen([sys.executable, "-c", *code], stdin=subprocess.PIPE,
+                                        stderr=subprocess.DEVNULL)
 
     def __enter__(self) -> "BenchServer":
         body = {"prompt": "a", "max_tokens": 2, "temperature": 0}
@@ -148,61 +172,78 @@ class BenchServer:
 
     def cpu_seconds(self) -> float:
         "Processor time of the server so far; 0 where the system does not tell."
-        try: fields = Path(f"/proc/{self.process.pid}/stat").read_text().rsplit(")", 1)[1].split()
-        except OSError: return 0.0
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        return processor_seconds(self.process.pid)
 
     def __exit__(self, *exception):
         self.process.kill()
         self.process.wait()
+        self.process.stdin.close()
 
 # %% ../../nbs/serving/load.ipynb #b8cfa90d
 def _request(k: int) -> dict:
-    "Request k: 66 tokens to read, 64 to write: the token that would end a text is ruled out."
-    return {"prompt": f"{k:04d}: " + "All happy families are alike, " * 2, "max_tokens": 64,
-            "temperature": 1.0, "logit_bias": {str(ByteTokenizer().eos_token_id): -100}}
+    """Request k: 68 tokens to read, 32 to 96 to write: the token that would end a text is ruled
+    out."""
+    return {"prompt": f"{k:06d}: " + "All happy families are alike, " * 2,
+            "max_tokens": 32 + 37 * k % 65, "temperature": 1.0,
+            "logit_bias": {str(ByteTokenizer().eos_token_id): -100}}
+
+def _measured(server: BenchServer, clients: int, requests: int) -> dict:
+    "The facts of one run of clients against one server."
+    before = server.cpu_seconds()
+    def body(k): return _request(1000 * clients + k)      # no prompt is known from another run
+    seconds, timings = asyncio.run(run_clients("127.0.0.1", server.port, clients, requests,
+                                               body, server.cpu_seconds))
+    spent, written = server.cpu_seconds() - before, sum(timing.tokens for timing in timings)
+    return {**load_facts(seconds, timings, clients),
+            "tokens_per_cpu_second": written / spent if spent else 0.0}
 
 def bench_serve(clients=(1, 8, 32, 128), size: str = "nano", output=None, log=print) -> dict:
     """Measure both servers with each number of `clients`; returns the facts by kind and number, and
-    writes them to `output` as JSON."""
+    writes them to `output` as JSON. The peer, which needs as long for each of many, gets a request
+    per client, ours four."""
     results = {}
     with tempfile.TemporaryDirectory() as root:
         folder = Path(root) / "llama"
         save_bench_model(folder, size)
         with BenchServer("ours", folder) as ours, BenchServer("plain", folder) as plain:
             for number in clients:
-                for kind, server in (("ours", ours), ("plain", plain)):
-                    before = server.cpu_seconds()
-                    measured = asyncio.run(run_clients("127.0.0.1", server.port, number,
-                                                       max(16, number), _request))
-                    facts = load_facts(*measured)
-                    spent = server.cpu_seconds() - before
-                    written = facts["requests"] * _request(0)["max_tokens"]
-                    facts["tokens_per_cpu_second"] = written / spent if spent else 0.0
-                    results[f"{kind}_{number}"] = facts
+                results[f"ours_{number}"] = _measured(ours, number, max(32, 4 * number))
+                results[f"plain_{number}"] = _measured(plain, number, max(16, number))
     log(load_table(results, clients))
     if output: Path(output).write_text(json.dumps(results, indent=2) + "\n")
     return results
 
 # %% ../../nbs/serving/load.ipynb #b8991a6b
+def _row(number: int, kind: str, facts: dict) -> str:
+    shares = [facts[f"{name}_p{share}"] for name in ("first_token_ms", "per_token_ms")
+              for share in (50, 95, 99)]
+    cells = [facts["at_once_ms_p95"], *shares]
+    rates = f"{facts['requests_per_second']:>8.1f}{facts['tokens_per_second']:>8.0f}"
+    return f"{number:>7} {kind:<6}{rates}{facts.get('tokens_per_cpu_second', 0):>9.0f}" + "".join(
+        f"{cell:>8.1f}" for cell in cells)
+
+def _ratio(one: dict, other: dict, name: str) -> str:
+    "How many times as large a fact is; `?` where it was not measured."
+    if not one.get(name) or not other.get(name): return "?"
+    return f"{one[name] / other[name]:.1f}"
+
 def load_table(results: dict, clients) -> str:
-    "The facts as lines of text, with the ratio of tokens per second."
-    lines = [f"{'clients':>7} {'server':<7}{'req/s':>8}{'tok/s':>9}   first token, ms          "
-             f"per token, ms", f"{'':>7} {'':<7}{'':>8}{'':>9}{'p50':>8}{'p95':>8}{'p99':>8}"
-                               f"{'p50':>8}{'p95':>8}{'p99':>8}"]
+    "The facts as lines of text, with what ours is against the peer and against one client."
+    lines = [f"{'':>39}{'at once':>8}   first token, ms          per token, ms",
+             f"{'clients':>7} {'server':<6}{'req/s':>8}{'tok/s':>8}{'tok/cpu s':>10}{'p95':>7}"
+             + "".join(f"{share:>8}" for share in ("p50", "p95", "p99") * 2)]
     for number in clients:
-        for kind in ("ours", "plain"):
-            facts = results[f"{kind}_{number}"]
-            cells = [facts[f"{name}_p{share}"] for name in ("first_token_ms", "per_token_ms")
-                     for share in (50, 95, 99)]
-            lines.append(f"{number:>7} {kind:<7}{facts['requests_per_second']:>8.1f}"
-                         f"{facts['tokens_per_second']:>9.0f}"
-                         + "".join(f"{cell:>8.1f}" for cell in cells))
-        ratio = (results[f"ours_{number}"]["tokens_per_second"]
-                 / results[f"plain_{number}"]["tokens_per_second"])
-        lines.append(f"{'':>7} ours writes {ratio:.1f} times as many tokens per second")
-        cpu = [results[f"{kind}_{number}"].get("tokens_per_cpu_second")
-               for kind in ("ours", "plain")]
-        if all(cpu): lines.append(f"{'':>7} and {cpu[0] / cpu[1]:.1f} times as many per second of "
-                                  f"processor time ({cpu[0]:.0f} to {cpu[1]:.0f})")
+        ours, plain = results[f"ours_{number}"], results[f"plain_{number}"]
+        lines += [_row(number, "ours", ours), _row(number, "plain", plain)]
+        lines.append(f"{'':>7} ours writes {_ratio(ours, plain, 'tokens_per_second')} times as "
+                     f"many "
+                     "tokens per second, and "
+                     f"{_ratio(ours, plain, 'tokens_per_cpu_second')} times per second of "
+                     f"processor "
+                     "time")
+        single = results[f"ours_{clients[0]}"]
+        times = [_ratio(ours, single, f"{name}_p95") for name in (
+            "first_token_ms", "first_token_cpu_ms", "at_once_ms", "at_once_cpu_ms")]
+        lines.append(f"{'':>7} first token (p95), times that of {clients[0]}: {times[0]} by the "
+                     f"clock, {times[1]} by processor time; all at once {times[2]} and {times[3]}")
     return "\n".join(lines)

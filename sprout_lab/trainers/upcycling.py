@@ -49,8 +49,9 @@ def upcycle_run(path, output_dir, num_thoughts: int = 8, thoughts_per_token: int
     `settings`: of the run, or of its thoughts (`noise_scale`, …)."""
     plain, own, data = load_base(path, log)
     if not isinstance(plain, TransformerForCausalLM):
-        raise ConfigError(f"{path}: is a {type(plain).__name__}; a Transformer of the lab, a "
-                          f"Llama or a GPT-2 can be upcycled")
+        raise ConfigError(f"{path}: is a {type(plain).__name__}; as a run, a Transformer of the "
+                          "lab, a Llama or a GPT-2 can be upcycled; models.upcycled.upcycle_mlps "
+                          "gives another causal model thoughts, in Python")
     own = load_tokenizer(str(tokenizer)) if tokenizer else own
     model = upcycle(plain, num_thoughts, thoughts_per_token,
                     **{name: settings.pop(name) for name in THOUGHT_SETTINGS if name in settings})
