@@ -401,6 +401,8 @@ def _train(settings, quiet: bool) -> None:
 def _run_training(settings, quiet: bool) -> None:
     from sprout_lab.families import make_trainer, objective_for
     trainer = make_trainer(settings, log=_log(quiet))
+    if 0 < trainer.total_steps <= trainer.step:
+        _log(quiet)(f"nothing is left to train: --max_steps above {trainer.step} goes on")
     main_process = trainer.accelerator.is_main_process
     try:
         with trainer.run.lock() if main_process else nullcontext(): trainer.train()
@@ -1108,7 +1110,8 @@ def _completion_command(shell):
 
 # %% ../nbs/cli.ipynb #1af27807
 @cli.command("search", cls=Drawn, reads="model_path",
-             settings=_settings_of("sprout_lab.decoding.search", "SearchConfig"))
+             settings=_settings_of("sprout_lab.decoding.search", "SearchConfig"),
+             aliases={**ALIASES, "max_tokens": "max_new_tokens"})
 @click.argument("model_path", metavar="RUN")
 @click.option("--prompt", default="\n", help="Text to continue [a new line].")
 @click.option("--reward", metavar="REWARD", default=None,

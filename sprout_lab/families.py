@@ -43,6 +43,7 @@ from .runs import Run, claim, find_checkpoint
 from .trainers.checkpoints import load_pretrained
 from .trainers.growth import EpochSummary, Growth
 from .trainers.mirror import Mirror
+from .trainers.starting import tokenizer_folder
 from .trainers.thoughts import ThoughtHistory
 from .trainers.trainer import Trainer, seed_everything
 from .visualizers.style import Figure
@@ -285,6 +286,7 @@ def _configuration_of_resumed(flags: dict) -> str | None:
         flags.setdefault("output_dir", str(run.folder))
     elif resume == "auto" and flags.get("output_dir"): run = Run(flags["output_dir"])
     else: return None
+    if tokenizer_folder(run).is_dir(): flags.setdefault("tokenizer", str(tokenizer_folder(run)))
     return str(run.config) if run.exists() else None
 
 def _named_family(family: str | None, content: dict, config) -> Family:

@@ -56,7 +56,7 @@ def remembered(name: str, make: Callable[[], object], others: Callable[[], dict]
     name → what to keep along with it, for whoever asks next."""
     fingerprint = None if "torch" in sys.modules else code_fingerprint()
     if fingerprint is None: return make()
-    file = cache_folder() / f"{fingerprint}.json"
+    file = cache_folder() / "flags" / f"{fingerprint}.json"
     known = _read(file)
     if name not in known:
         known[name] = make()

@@ -39,12 +39,13 @@ def _span(lines: str) -> range:
 # %% ../nbs/training_guides.ipynb #bff38327
 @dataclass(frozen=True)
 class GuideStep:
-    """A step of a guide: the `command`, what it `shows`, and how many `seconds` it takes on two
-    cores."""
+    """A step of a guide: the `command`, what it `shows`, and how many `seconds` of a processor it
+    takes, measured on one core of a two-core AMD EPYC; or estimated, where not `measured`."""
     name: str
     command: str
     shows: str
     seconds: float
+    measured: bool = True
 
 @dataclass(frozen=True)
 class TrainingGuide:
@@ -131,5 +132,9 @@ def guide_steps(guide: TrainingGuide, number: int | None = None) -> str:
     if number is not None and not 1 <= number <= len(guide.steps):
         raise ConfigError(f"step {number}: {guide.name} has steps 1 to {len(guide.steps)}")
     chosen = enumerate(guide.steps, 1) if number is None else [(number, guide.steps[number - 1])]
-    return "\n\n".join(f"{index}. {step.name} (about {duration(step.seconds)})\n"
-                       f"   {step.command}\n   → {step.shows}" for index, step in chosen)
+    return "\n\n".join(_step(index, step) for index, step in chosen)
+
+def _step(index: int, step: GuideStep) -> str:
+    known = "" if step.measured else ", estimated"
+    return (f"{index}. {step.name} (about {duration(step.seconds)}{known})\n"
+            f"   {step.command}\n   → {step.shows}")

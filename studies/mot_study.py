@@ -336,35 +336,38 @@ def trained_weights(model) -> int: return sum(p.numel() for p in model.parameter
 
 
 def adapters(corpus: Corpus, seeds: int) -> dict:
-    shakespeare, tales = Corpus(("shakespeare",)), Corpus(("tales",))
     runs, ternary = [], []
     for seed in range(seeds):
-        base = build("mixture", seed)
-        train(base, shakespeare, seed, 2 * STEPS)
-        full = build("mixture", seed)
-        full.load_state_dict(base.state_dict())
-        before, wrapped = bits_per_byte(base, corpus), low_rank(base)
-        share = trained_weights(wrapped)
-        seconds = train(wrapped, tales, seed, STEPS // 2, optimizer="adamw", learning_rate=3e-3)
-        after = bits_per_byte(wrapped.merge_and_unload(), corpus)
-        slow = train(full, tales, seed, STEPS // 2, optimizer="adamw", learning_rate=1e-3)
-        runs.append({"seed": seed, "before": before, "after LoRA": after,
-                     "after training all": bits_per_byte(full, corpus), "trained weights": share,
-                     "all weights": trained_weights(full),
-                     "cpu_seconds": {"LoRA": seconds, "all": slow}})
-        ternary.append(ternary_adapter(seed, shakespeare, tales, corpus))
-        print(runs[-1], ternary[-1], flush=True)
+        runs.append(adapter_run(seed, corpus))
+        ternary.append(ternary_adapter(seed, corpus))
+        print(json.dumps([runs[-1], ternary[-1]]), flush=True)
     return {"runs": runs, "ternary": ternary}
 
 
-def ternary_adapter(seed: int, shakespeare: Corpus, tales: Corpus, corpus: Corpus) -> dict:
+def adapter_run(seed: int, corpus: Corpus) -> dict:
+    "A mixture that learned Shakespeare learns the tales: by LoRA, and with all of its weights."
+    tales, base = Corpus(("tales",)), build("mixture", seed)
+    train(base, Corpus(("shakespeare",)), seed, 2 * STEPS)
+    full = build("mixture", seed)
+    full.load_state_dict(base.state_dict())
+    before, wrapped = bits_per_byte(base, corpus), low_rank(base)
+    share = trained_weights(wrapped)
+    seconds = train(wrapped, tales, seed, STEPS // 2, optimizer="adamw", learning_rate=3e-3)
+    after = bits_per_byte(wrapped.merge_and_unload(), corpus)
+    slow = train(full, tales, seed, STEPS // 2, optimizer="adamw", learning_rate=1e-3)
+    return {"seed": seed, "before": before, "after LoRA": after,
+            "after training all": bits_per_byte(full, corpus), "trained weights": share,
+            "all weights": trained_weights(full), "cpu_seconds": {"LoRA": seconds, "all": slow}}
+
+
+def ternary_adapter(seed: int, corpus: Corpus) -> dict:
     "Bits per byte with the adapter beside the ternary weights, and added to them; what flipped."
     torch.manual_seed(seed)
     base = SimplifiedSLMForCausalLM(SLMConfig(vocab_size=256, hidden_size=64,
                                               num_hidden_layers=2))
-    train(base, shakespeare, seed, 2 * STEPS)
+    train(base, Corpus(("shakespeare",)), seed, 2 * STEPS)
     found, wrapped = {"seed": seed, "before": bits_per_byte(base, corpus)}, low_rank(base)
-    train(wrapped, tales, seed, STEPS // 2, optimizer="adamw", learning_rate=3e-3)
+    train(wrapped, Corpus(("tales",)), seed, STEPS // 2, optimizer="adamw", learning_rate=3e-3)
     found["beside"] = bits_per_byte(wrapped, corpus)
     changed = total = 0
     moved, wanted = 0.0, 0.0

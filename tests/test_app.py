@@ -35,6 +35,7 @@ def server(tmp_path_factory):
     pytest.importorskip("voila")
     home = tmp_path_factory.mktemp("app")
     shutil.copy(root / "nbs" / "lab.ipynb", home)
+    train_a_little(home / "runs" / "first")
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -50,6 +51,17 @@ def server(tmp_path_factory):
         finally:
             process.terminate()
             process.wait(20)
+
+
+def train_a_little(folder):
+    "A run for the tabs that show runs."
+    from sprout_lab.families import configure, make_trainer
+    run = configure("transformer", {
+        "output_dir": str(folder), "max_steps": 4, "hidden_size": 32, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "sequence_length": 32, "batch_size": 4, "eval_batches": 2,
+        "final_eval_batches": 2, "tensorboard": False, "sample_tokens": 8, "device": "cpu"},
+        log=lambda words: None)
+    make_trainer(run, log=lambda words: None).train()
 
 
 def _wait(url, process):
@@ -76,8 +88,15 @@ def test_the_app_fits_and_answers(browser, server, width, height, scheme):
     assert wide <= inner + 1
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, background.strip("rgba()").split(",")[:3])) < 200) == (scheme == "dark")
-    page.locator("[role=tab]:has-text('Pictures'), .lm-TabBar-tab:has-text('Pictures')").first.click()
-    page.wait_for_selector("text=There are no runs")
+    for tab, button in (("Pictures", "Draw"), ("Write", "Write")):
+        page.locator(f".lm-TabBar-tab:has-text('{tab}')").first.click()
+        page.wait_for_selector(f"button:has-text('{button}'):visible")
+        if button == "Draw":
+            page.locator("button:has-text('Draw'):visible").first.click()
+            page.wait_for_selector(".widget-html-content svg:visible")
+        snap(page, f"app-{width}-{scheme}-{tab.lower()}")
+        wide, inner = page.evaluate("[document.documentElement.scrollWidth, innerWidth]")
+        assert wide <= inner + 1
     page.close()
 
 

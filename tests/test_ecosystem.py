@@ -1,6 +1,5 @@
-"""The families among Hugging Face's tools: AutoModel, Trainer, adapters, offloaded weights, caches
-and
-hidden states, and checkpoints of an earlier wiring."""
+"""The families among Hugging Face's tools: AutoModel, cards, Trainer, adapters, offloaded weights,
+caches and hidden states, and checkpoints of an earlier wiring."""
 import copy
 import json
 
@@ -47,6 +46,19 @@ def test_automodel_is_the_model_without_its_head(name, tmp_path):
     again = type(model).from_pretrained(tmp_path / "base").eval()
     again.lm_head.load_state_dict(model.lm_head.state_dict())
     with torch.no_grad(): assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("name, task", [
+    ("transformer", "text-generation"), ("slm", "text-generation"), ("hnet", "text-generation"),
+    ("mot", "text-generation"), ("sprout", "fill-mask")])
+def test_every_family_is_saved_with_a_card(name, task, tmp_path):
+    model = get_family(name).build(**SMALL.get(name, dict(hidden_size=32)))
+    model.card_facts = {"step": 7, "dataset": "tales", "bits_per_byte": 2.5}
+    model.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert f"pipeline_tag: {task}" in card and "license: apache-2.0" in card
+    assert f"# {name}: {model.num_parameters():,} parameters" in card
+    assert "7 steps on tales; 2.5000 bits per byte" in card
 
 
 class Rows(torch.utils.data.Dataset):

@@ -208,6 +208,19 @@ def test_several_prompts_by_place_and_by_flag(here, run):
     assert "which model?" in refused("generate --prompt A")
 
 
+def test_a_finished_run_says_how_to_go_on(here, run):
+    import shutil
+    shutil.copytree(run, here / "again", symlinks=True)
+    said = shell("train transformer --resume_from again")
+    assert "nothing is left to train: --max_steps above 2 goes on" in said
+    assert "nothing is left" not in shell("train transformer --resume_from again --max_steps 3")
+
+
+def test_a_search_takes_the_words_of_generate(here, run):
+    flags = f"search {run} --prompt ROMEO: --reward length:20 --token_budget 60 --seed 1"
+    assert shell(f"{flags} --max_tokens 4") == shell(f"{flags} --max_new_tokens 4")
+
+
 def test_two_runs_are_compared_by_evaluate(here, run):
     assert f"evaluate {run} --compare OTHER" in refused(f"compare {run} {run}")
     said = shell(f"evaluate {run} --compare {run}/checkpoints/step_2 --max_batches 1 "

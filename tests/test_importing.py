@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from shell import refused, shell
 from transformers import (
     AutoTokenizer, BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, LlamaConfig,
@@ -226,6 +227,10 @@ def damaged(folder: Path, how: str):
     elif how == "other shapes":
         said = config.read_text()
         config.write_text(said.replace('"intermediate_size": 48', '"intermediate_size": 40'))
+    elif how == "a weight is missing":
+        held = load_file(weights)
+        held.pop("model.layers.0.mlp.up_proj.weight")
+        save_file(held, weights, metadata={"format": "pt"})
     elif how == "tokenizer too large":
         ByteTokenizer(masked=True).save_pretrained(folder)
     return folder
@@ -233,11 +238,13 @@ def damaged(folder: Path, how: str):
 
 @pytest.mark.parametrize("how", [
     "a pickle", "no weights", "torn", "text", "no config", "config is a list", "config is no JSON",
-    "code of its own", "other shapes", "tokenizer too large"])
+    "code of its own", "other shapes", "a weight is missing", "tokenizer too large"])
 def test_damaged_folders_are_one_line(how, tmp_path):
     path = damaged(tmp_path / "model", how)
     line = refused(f"import llama {path} --output {tmp_path / 'out'}")
     assert str(path) in line and not (tmp_path / "out").exists()
+    if how == "a weight is missing":
+        assert "1 of its weights are missing, such as model.layers.0.mlp.up_proj.weight" in line
 
 
 def test_the_wrong_kind_is_told_the_right_one(tmp_path):
@@ -307,6 +314,8 @@ def test_an_import_lives_like_any_run(kind, make, tmp_path, monkeypatch):
     said = shell(f"import {kind} theirs --tokenizer byte --output run --dataset shakespeare")
     assert "run: " in said and "parameters, 2 layers" in said
     assert Run("run").steps() == [0] and checkpoint_facts("run")["step"] == 0
+    # it names no folder of this machine, and takes its tokenizer along when it is moved (below)
+    assert str(tmp_path) not in Path("run/config.yaml").read_text()
     first = shell("evaluate --run run --max_batches 2")
     assert "bits" in first
     shell("draw run attention --text 'My lord' --output pictures")
@@ -323,6 +332,10 @@ def test_an_import_lives_like_any_run(kind, make, tmp_path, monkeypatch):
     written = shell("generate --run run --prompt 'My lord' --max_tokens 9 --seed 1")
     assert written.startswith("My lord")
     assert "is already there" in refused(f"import {kind} theirs --tokenizer byte --output run")
+    (tmp_path / "elsewhere").mkdir()
+    shutil.move("run", "elsewhere/moved")
+    shell(f"train --resume_from elsewhere/moved --max_steps 4 {small}")
+    assert read_log(Run("elsewhere/moved").training_log)["step"][-1] == 4
 
 
 def test_without_a_tokenizer_it_is_a_model_alone(tmp_path, monkeypatch):

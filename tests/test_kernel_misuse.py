@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import warnings
+from contextlib import suppress
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from sprout_lab.configs import ConfigError
 from sprout_lab.kernels import build
 from sprout_lab.kernels.bitlinear import (bit_linear, bit_linear_reference, integer_matmul,
                                           quantize_activations, quantize_weight, rescale)
-from sprout_lab.kernels.decode import DECODE_C, DecodeLayer, decode_step, decode_step_reference
+from sprout_lab.kernels.decode import DECODE_C, DecodeLayer, DecodeStep, decode_step, decode_step_reference
 from sprout_lab.kernels.elementwise import (rms_norm, rms_norm_reference, rotary, rotary_reference,
                                             swiglu,
                                             swiglu_reference)
@@ -463,10 +464,36 @@ def decode_definition(**given):
     return stepped(decode_step_reference, **given)
 
 
+def kept_step(good):
+    """As `decode_step`, by a `DecodeStep` that has seen the layers of `good`, of which each weight
+    then becomes what is given."""
+    def step(layers, x, num_heads, past, cos_sin=None, mask=None, **switches):
+        seen = [DecodeLayer(*(good[f"{name}{k}"] for name in DecodeLayer._fields))
+                for k in range(2)]
+        seen = [DecodeLayer(*(t if t is None else t.clone() for t in layer)) for layer in seen]
+        kept, (keys, values) = DecodeStep(seen, num_heads, **switches), list(zip(*seen))[-4:-2]
+        with suppress(ValueError, IndexError, TypeError):            # a switch that is a mistake
+            with torch.no_grad(): kept(good["x"], keys, values, good["past"])
+        *_, keys, values, prefix_keys, prefix_values = zip(*layers)
+        cache, prefix = (keys, values), (prefix_keys, prefix_values)
+        if all(t is None for part in prefix for t in part): prefix = ()
+        for old, new in zip((t for layer in seen for t in layer[:-4]),
+                            (t for layer in layers for t in layer[:-4])):
+            if (old is None) != (new is None): break
+            if old is None: continue
+            try: old.data = new
+            except (RuntimeError, TypeError): break
+        else: return kept(x, *cache, past, cos_sin, mask, prefix)
+        return DecodeStep(layers, num_heads, **switches)(x, *cache, past, cos_sin, mask, prefix)
+    return step
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["each_call", "kept"])
 @kernel_test(60)
-def test_decode_step(data):
+def test_decode_step(kept, data):
     seeded(data)
     arguments = decode_arguments(data)
+    good = dict(arguments)
     tensors = sorted(name for name, value in arguments.items() if isinstance(value, torch.Tensor))
     made = data.draw(changes(tensors))
     # broadcast are the tables and the mask; a cache that is one for all cannot be written
@@ -480,7 +507,8 @@ def test_decode_step(data):
                                        "another word"), data.draw(st.sampled_from(WORDS[name]))
     with_grad = data.draw(st.integers(0, 5)) == 0
     def kernel(**given):
-        with torch.set_grad_enabled(with_grad): return stepped(decode_step, **given)
+        step = kept_step(good) if kept else decode_step
+        with torch.set_grad_enabled(with_grad): return stepped(step, **given)
     check(kernel, decode_definition, arguments, made, with_grad=with_grad)
 
 

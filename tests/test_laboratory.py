@@ -160,8 +160,9 @@ def test_the_command_ends_with_the_report(tmp_path):
     assert last == f"report: {tmp_path / 'report.html'}" and (tmp_path / "report.html").exists()
     wrong = subprocess.run(command(tmp_path, seeds=1, rates=1, amount="-1"), capture_output=True,
                            text=True)
-    assert wrong.returncode == 2 and len(wrong.stderr.strip().splitlines()) == 1
-    assert "amount" in wrong.stderr
+    *loading, mistake = wrong.stderr.strip().splitlines()
+    assert wrong.returncode == 2 and mistake.startswith("sprout-lab: ") and "amount" in mistake
+    assert loading == ["loading PyTorch and the models …"]
 
 
 SWEEP = ["sweep", "transformer", "--set", "learning_rate=0.002..0.05", "--set", "hidden_size=32,64",

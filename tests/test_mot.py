@@ -8,6 +8,7 @@ from laws import check_laws, perturbed, random_ids
 from sprout_lab.configs import ConfigError
 from sprout_lab.data.corpora import load_corpus
 from sprout_lab.families import configure, get_family, load_model, make_trainer
+from sprout_lab.models import mot
 from sprout_lab.models.mot import (MoTConfig, MoTForCausalLM, generate_parallel_thoughts,
                                    grouped_linear, pairwise_similarity, upcycle)
 from sprout_lab.models.transformer import TransformerConfig, TransformerForCausalLM
@@ -126,6 +127,46 @@ def test_a_branch_without_tokens_is_no_special_case():
     assert weight.grad[1].abs().sum() > 0 and weight.grad[[0, 2, 3]].abs().sum() == 0
     assert grouped_linear(rows[:0], weight, [0, 0, 0, 0]).shape == (0, 5)
     assert torch.equal(pairwise_similarity(torch.randn(3, 1, 4)), torch.zeros(3))
+
+
+def loss_and_gradients(model, ids, bf16: bool = False):
+    "Loss in training, and the gradient of every weight of the branches."
+    model.zero_grad()
+    torch.manual_seed(5)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16): loss = model(ids, labels=ids).loss
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()
+                           if p.grad is not None}
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("fields", [{}, {"activation": "gelu", "mlp_bias": True}])
+def test_the_loops_in_c_are_the_definition(monkeypatch, fields, bf16):
+    model, ids = perturbed(mixture(noise_scale=0.0, **fields)).float().train(), next(batches(1))
+    branches = model.model.layers[0].mlp.branches
+    if not mot.fused_thoughts_run(torch.zeros(1, 32), branches.up): pytest.skip("no C compiler")
+    fused, found = loss_and_gradients(model, ids, bf16)
+    monkeypatch.setattr(mot, "fused_thoughts_run", lambda x, weight: False)
+    plain, wanted = loss_and_gradients(model, ids, bf16)
+    near = 0.05 if bf16 else 1e-4
+    assert abs(fused - plain) < near and found.keys() == wanted.keys()
+    for name, gradient in wanted.items():
+        distance = (found[name] - gradient).norm() / gradient.norm().clamp(min=1e-3)
+        assert distance < near * 3, name
+
+
+def test_the_noise_of_the_loops_repeats_and_two_threads_add_up_the_same():
+    model, ids = perturbed(mixture(hidden_size=64)).float().train(), next(batches(1, rows=24))
+    first, once = loss_and_gradients(model, ids)
+    again, twice = loss_and_gradients(model, ids)
+    assert first == again and all(torch.equal(once[name], twice[name]) for name in once)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        _, shared = loss_and_gradients(model, ids)
+    finally: torch.set_num_threads(threads)
+    for name, gradient in once.items():
+        assert torch.allclose(shared[name], gradient, rtol=1e-3, atol=1e-5), name
 
 
 def test_parallel_thoughts_are_one_batch_and_repeat_from_a_seed():

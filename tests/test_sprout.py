@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -540,6 +541,20 @@ def test_a_pipeline_fills_masks_in_batches(folders):
     one, two = (fill(texts, batch_size=size) for size in (1, 2))
     tokens = lambda answers: [[guess["token"] for guess in answer] for answer in answers]
     assert tokens(one) == tokens(two) and len(one) == 3
+
+
+def test_a_folder_of_before_does_not_log_every_path(folders, tmp_path):
+    "Its configuration says `log_paths`, as all did then; no one had asked."
+    model, saved = folders["masked"]
+    shutil.copytree(saved, tmp_path / "old")
+    path = tmp_path / "old" / "config.json"
+    content = json.loads(path.read_text()) | {"log_paths": True}
+    path.write_text(json.dumps(content))
+    assert SproutConfig.from_pretrained(tmp_path / "old").log_paths        # today someone asked
+    del content["is_decoder"]
+    path.write_text(json.dumps(content))
+    assert not SproutConfig.from_pretrained(tmp_path / "old").log_paths
+    assert SproutConfig.from_dict({"log_paths": True}).log_paths
 
 
 @pytest.mark.parametrize("name", ["masked", "causal"])

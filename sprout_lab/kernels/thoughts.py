@@ -10,7 +10,6 @@ import ctypes
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .build import load_c, pointer, split_rows
@@ -384,6 +383,7 @@ class _ThoughtsC(torch.autograd.Function):
         drows = _products(dpre, saved[3], ctx.counts, transposed=False)
         dx, *tables = _gather_backward(ctx, saved, drows, damount)
         dgain, dshift, dfreedom = (table.to(ctx.dtypes[2]) for table in tables)
+        if saved[8] is None: dfreedom = None            # without noise nobody asked for it
         return dx, dgain, dshift, dfreedom, dup, ddown, dbias, None, None, None
 
 # %% ../../nbs/kernels/thoughts.ipynb #81c03df2

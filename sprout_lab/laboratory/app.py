@@ -29,9 +29,21 @@ _PAGE = """<style>
     --jp-widgets-color: #e8e8e8; --jp-widgets-label-color: #e8e8e8;
     --jp-widgets-input-background-color: #1f1f1f; --jp-widgets-input-color: #e8e8e8;
     --jp-widgets-input-border-color: #555; --jp-border-color1: #555; --jp-border-color2: #444;
-    --jp-widgets-readout-color: #e8e8e8; --jp-widgets-slider-handle-background-color: #ccc; } }
+    --jp-widgets-readout-color: #e8e8e8; --jp-widgets-slider-handle-background-color: #ccc; }
+  .sprout-lab-app .lm-TabBar-tab, .sprout-lab-app .p-TabBar-tab { color: #b8b8b8 !important; }
+  .sprout-lab-app .lm-TabBar-tab.lm-mod-current, .sprout-lab-app .p-TabBar-tab.p-mod-current {
+    color: #fff !important; }
+  .sprout-lab-app select:not([multiple]) { background-image: none !important;
+                                           appearance: auto !important; } }
 body:has(#rendered_cells) { margin: 0 auto; padding: 8px; max-width: 1800px;
                             box-sizing: border-box; overflow-x: hidden; }
+@media (max-width: 600px) {
+  .sprout-lab-app .widget-html-content { white-space: normal !important; }
+  .sprout-lab-app .widget-html-content:has(table) { overflow-x: auto; }
+  .sprout-lab-app .widget-hbox:has(> .widget-button) { flex-wrap: wrap; }
+  .sprout-lab-app .widget-button { flex: 0 0 auto; }
+  .sprout-lab-app [style*="repeat(2"] { grid-template-columns: 1fr 1fr !important; }
+  .sprout-lab-app .widget-tab > .lm-TabBar .lm-TabBar-tab { flex: 1 1 70px; min-width: 0; } }
 .sprout-lab-app { max-width: 100%; } .sprout-lab-app img { max-width: 100%; height: auto; }
 .sprout-lab-app .lm-TabBar-content, .sprout-lab-app .p-TabBar-content { flex-wrap: wrap; }
 </style>"""
@@ -65,9 +77,8 @@ class TrainTab:
         names = [(family.title, name) for name, family in families.items()]
         self.family = widgets.Dropdown(options=names, description="family",
                                        layout=widgets.Layout(width="18em"))
-        self.words = widgets.HTML()
         self.place = widgets.VBox(layout=widgets.Layout(width="100%", min_width="0"))
-        self.box = widgets.VBox([self.family, self.words, self.place])
+        self.box = widgets.VBox([self.family, self.place])
         self.family.observe(lambda change: self.show(), "value")
         self.show()
 
@@ -75,7 +86,6 @@ class TrainTab:
         "The panel of the chosen family."
         name = self.family.value
         if name not in self.panels: self.panels[name] = panel(name)
-        self.words.value = f"<i>{html.escape(families[name].summary)}</i>"
         self.place.children = [self.panels[name].box]
 
 # %% ../../nbs/laboratory/app.ipynb #13d49f2f
@@ -90,13 +100,22 @@ class RunTab:
         head = widgets.HBox([self.choice, push_button("Refresh", "refresh", self.refresh)],
                             layout=widgets.Layout(flex_flow="row wrap"))
         self.box = widgets.VBox([head, self.place.box])
-        self.choice.observe(lambda change: self.place.again(), "value")
+        self.refreshing = False
+        self.choice.observe(self.chosen, "value")
         self.refresh()
 
+    def chosen(self, change) -> None:
+        if not self.refreshing: self.place.again()
+
     def refresh(self) -> None:
-        "Look again what runs there are."
-        self.choice.options = [(f"{facts['family']}: {run_label(facts, note=True)}",
-                                facts["folder"]) for facts in family_runs(self.root)]
+        "Look again what runs there are; the newest is chosen where none was."
+        before, self.refreshing = self.choice.value, True
+        runs = [(f"{facts['family']}: {run_label(facts, note=True)}", facts["folder"])
+                for facts in family_runs(self.root)]
+        folders = [folder for label, folder in runs]
+        self.choice.options = runs
+        self.choice.value = before if before in folders else next(iter(folders), None)
+        self.refreshing = False
         self.place.again()
 
     def made(self, make):

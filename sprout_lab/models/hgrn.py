@@ -218,7 +218,8 @@ class TernaryPreTrainedModel(RecurrentPreTrainedModel):
     is loaded."""
     # a ternary matrix is scaled by the mean over all of it, which no process would have
     parallel_plan = dict(block_class="HGRNBitBlock",
-                         not_tensor="its ternary weights are scaled by a mean over the whole matrix")
+                         not_tensor="its ternary weights are scaled by a mean over the whole "
+                                    "matrix")
 
     @torch.no_grad()
     def _init_weights(self, module):

@@ -256,8 +256,17 @@ def read_foreign(path, kind: str):
         hint = f"; `sprout-lab import {found}` reads it" if found in IMPORTABLE else ""
         raise ConfigError(f"{path}: is a {found}, and a {kind} is needed{hint}")
     asked |= {"dtype": torch.float32, "use_safetensors": True}
-    model = _read(AutoModelForCausalLM, folder, path, asked)
+    model, found = _read(AutoModelForCausalLM, folder, path, asked | {"output_loading_info": True})
+    _need_all(path, found)
     return model.eval(), foreign_tokenizer(folder, where)
+
+def _need_all(path, found: dict) -> None:
+    "Refuse weights that transformers would draw at random, of what it says of its loading."
+    for what in ("missing_keys", "mismatched_keys"):
+        names = sorted(map(str, found.get(what) or ()))
+        if not names: continue
+        wrong = f"{len(names)} of its weights are {what.partition('_')[0]}, such as {names[0]}"
+        raise ConfigError(f"{path}: {wrong}; the files must hold what its config.json says")
 
 def foreign_tokenizer(folder: Path, where: dict):
     "The tokenizer of a model's folder, or inside its GGUF file; none where there is none."

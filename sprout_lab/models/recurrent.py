@@ -24,6 +24,7 @@ from ..configs import ConfigError, setting
 from .causal import (CausalGenerationMixin, check_cache, kept_positions,
                                       next_token_loss)
 from .config import LanguageModelConfig
+from .hub import ModelCardMixin
 from .transformer import RMSNorm
 
 # %% ../../nbs/models/recurrent.ipynb #6620d3cc
@@ -312,7 +313,7 @@ def init_linear(layer: nn.Linear, std: float) -> None:
     if layer.bias is not None: init.zeros_(layer.bias)
 
 # %% ../../nbs/models/recurrent.ipynb #ebecd13d
-class RecurrentPreTrainedModel(PreTrainedModel):
+class RecurrentPreTrainedModel(ModelCardMixin, PreTrainedModel):
     """What recurrent models are to Hugging Face: how weights start, and that a state cannot be
     rolled back. A model over it has `embed_tokens` and `make_cache`."""
     base_model_prefix = "model"

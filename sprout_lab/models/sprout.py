@@ -32,6 +32,7 @@ from ..kernels.elementwise import rotary
 from .cache import KeyValueCache, KeyValueLayer, fork_rows
 from .causal import CausalGenerationMixin, check_cache, kept_positions
 from .config import LanguageModelConfig, ModelConfig
+from .hub import ModelCardMixin
 from .shared_batch import shared_by, targets_per_process, whole_batch_sum
 from .transformer import (
     Embedding, Linear, MultiHeadSelfAttention, RMSNorm, RotaryPositionalEmbedding, SwiGLU, attend,
@@ -267,6 +268,13 @@ class SproutConfig(SproutNodeConfig, SproutTreeConfig, SproutRoutingConfig, Spro
     keys_to_ignore_at_inference = ["past_key_values", "path_log", "num_nodes", "balance_loss"]
     is_decoder: bool = False   # written by the models: a token sees only what came before it
 
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        # configurations saved before `is_decoder` was written all ask for the paths of every call
+        old = "transformers_version" in config_dict and "is_decoder" not in config_dict
+        asked = {k: v for k, v in config_dict.items() if not (old and k == "log_paths")}
+        return super().from_dict(asked, **kwargs)
+
 # %% ../../nbs/models/sprout.ipynb #896bb649
 class Router(nn.Module):
     """Compare states with child keys: `hidden_states (n, d)`, `keys (children, d)` → scores before
@@ -394,7 +402,8 @@ class SproutNode(GradientCheckpointingLayer):
     def __init__(self, config: SproutConfig, rope, parent: int, depth: int):
         super().__init__()
         d, eps, heads = config.hidden_size, config.rms_norm_eps, config.num_attention_heads
-        self.parent, self.depth, self.kind, self.dropout = parent, depth, config.router, config.dropout
+        self.parent, self.depth, self.kind, self.dropout = (parent, depth, config.router,
+                                                            config.dropout)
         self.input_layernorm = RMSNorm(d, eps)
         self.self_attn = MultiHeadSelfAttention(d, heads, rope, dropout=self.dropout, eps=eps)
         self.post_attention_layernorm = RMSNorm(d, eps)
@@ -557,7 +566,7 @@ class SproutCache(KeyValueCache):
         return copy
 
 # %% ../../nbs/models/sprout.ipynb #a7e926c9
-class SproutPreTrainedModel(PreTrainedModel):
+class SproutPreTrainedModel(ModelCardMixin, PreTrainedModel):
     "What the models share: how weights start, and what Hugging Face needs to know."
     config_class = SproutConfig
     base_model_prefix = "sprout"

@@ -9,7 +9,8 @@ __all__ = ['NORMS', 'FEED_FORWARDS', 'TransformerShape', 'TransformerSwitches', 
            'attention_bias', 'MultiHeadSelfAttention', 'attend_to_past', 'TransformerBlock', 'check_columns',
            'check_length', 'attention_pattern', 'TransformerPreTrainedModel', 'TransformerModel', 'new_block',
            'cache_for', 'add_positions', 'bias_where_faster', 'run_blocks', 'untouched', 'plain_weight', 'decode_layer',
-           'decode_blocks', 'TransformerForCausalLM', 'BasicTransformerLM']
+           'DecodePlan', 'decode_plan', 'plan_for_step', 'step_by_plan', 'decode_blocks', 'decode_token',
+           'TransformerForCausalLM', 'BasicTransformerLM']
 
 # %% ../../nbs/models/transformer.ipynb #bc147971
 import math
@@ -25,9 +26,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from ..configs import ConfigError, setting
-from ..kernels.decode import DecodeLayer, can_decode_step, decode_step
+from ..kernels.checks import ModuleGuard
+from ..kernels.decode import DecodeLayer, DecodeStep, can_decode_step
 from ..kernels.elementwise import rms_norm, rotary, rotary_reference, swiglu
-from .cache import KeyValueCache, KeyValueLayer, PrefixedCache
+from .cache import KeyValueCache, PrefixedCache
 from .causal import CausalGenerationMixin, kept_positions, next_token_loss
 from .config import LanguageModelConfig
 from .hub import ModelCardMixin
@@ -509,6 +511,7 @@ class TransformerModel(TransformerPreTrainedModel):
         self.norm = None
         if config.norm == "pre": self.norm = NORMS[config.norm_type](width, config.rms_norm_eps)
         self.gradient_checkpointing = False
+        self._decode_plan = None      # see below: one token in one call
         self.post_init()
 
     def build_block(self, layer_idx: int) -> nn.Module:
@@ -615,18 +618,15 @@ def untouched(module, kind: type) -> bool:
 
 def plain_weight(module, kind: type):
     "The float32 weight of an untouched module without a bias; none where there is no such thing."
-    # `untouched`, spelled out: this runs dozens of times for each token
-    if type(module) is not kind or module._forward_hooks or module._forward_pre_hooks: return None
-    if "forward" in module.__dict__: return None
-    parameters = module._parameters
-    if parameters.get("bias") is not None: return None
-    weight = parameters.get("weight")
-    return weight if type(weight) is nn.Parameter and weight.dtype == torch.float32 else None
+    if not untouched(module, kind) or getattr(module, "bias", None) is not None: return None
+    weight = module._parameters.get("weight")
+    plain = type(weight) is nn.Parameter and weight.dtype == torch.float32 and weight.is_cpu
+    return weight if plain else None
 
 # %% ../../nbs/models/transformer.ipynb #09669a5c
-def decode_layer(block, layer: KeyValueLayer) -> DecodeLayer | None:
-    """What the decoding kernel needs of a block and of its layer of the cache, or none where
-    something stands in its way. Through the dictionaries: attributes of modules are slow."""
+def decode_layer(block) -> DecodeLayer | None:
+    """The weights that the decoding kernel needs of a block, or none where something stands in its
+    way."""
     parts = block._modules
     attention, mlp = parts["self_attn"], parts["mlp"]
     feed_forward = SwiGLU if type(mlp) is SwiGLU else SiLUFeedForward
@@ -642,35 +642,97 @@ def decode_layer(block, layer: KeyValueLayer) -> DecodeLayer | None:
             weight = None if module is None else plain_weight(module, kind)
             if module is not None and weight is None: return None
             weights.append(weight)
-    if not layer.reserve(1): return None
-    return DecodeLayer(*weights, layer.keys, layer.values, layer.prefix_keys, layer.prefix_values)
+    return DecodeLayer(*weights)
+
+# %% ../../nbs/models/transformer.ipynb #a600656b
+class DecodePlan:
+    """The blocks and the last norm of `model` for the decoding kernel, of the weights `layers`.
+    `matrix_size`: numbers in a block's matrices."""
+
+    def __init__(self, model: "TransformerModel", layers: list[DecodeLayer], last_norm=None):
+        config = model.config
+        self._inside, self._config = ModuleGuard(model), config
+        self._settings, self._settings_then = vars(config), dict(vars(config))
+        self.matrix_size = config.hidden_size * (4 * config.hidden_size + 3 * config.ff_size)
+        self.dropout, self.columns = config.dropout, config.max_position_embeddings
+        shown = config.output_attentions or config.output_hidden_states
+        self.reads_tokens = type(model.embed_tokens) is Embedding and not shown
+        self.step = DecodeStep(layers, config.num_attention_heads, config.position == "rope_half",
+                               config.norm, config.rms_norm_eps, last_norm)
+
+    def holds(self, model: "TransformerModel") -> bool:
+        "Whether nothing has changed since but numbers."
+        if model.config is not self._config or self._settings != self._settings_then: return False
+        return self._inside.holds()
+
+    def __reduce__(self): return type(None), ()      # a copy of the model makes its own
+
+# %% ../../nbs/models/transformer.ipynb #e537f024
+def decode_plan(model: "TransformerModel") -> DecodePlan | None:
+    "A model's plan, a new one where the last one no longer holds, or none where it can have none."
+    plan = model._decode_plan
+    if plan is not None and plan.holds(model): return plan
+    model._decode_plan = plan = None
+    if model.config._attn_implementation == "eager": return None
+    layers, last_norm = [], None if model.norm is None else plain_weight(model.norm, RMSNorm)
+    if model.norm is not None and last_norm is None: return None
+    for block in model.layers:
+        layers.append(decode_layer(block))
+        if layers[-1] is None: return None
+    model._decode_plan = plan = DecodePlan(model, layers, last_norm)
+    return plan
 
 # %% ../../nbs/models/transformer.ipynb #733414b8
-def _block_size(config) -> int:
-    return config.hidden_size * (4 * config.hidden_size + 3 * config.ff_size)
-
-def decode_blocks(model: TransformerModel, x, cache, context: dict):
-    """The blocks and the last norm for one new token per row, `x (batch, 1, D)` → same shape,
-    by the decoding kernel; none where it cannot be used. `context` as for the blocks."""
-    config, mask, past = model.config, context["mask"], cache.get_seq_length()
-    if not past or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"): return None
+def plan_for_step(model: "TransformerModel", cache, mask) -> DecodePlan | None:
+    "The plan for one new token per row after `cache`, or none where the kernel cannot take it."
+    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"): return None
     if type(cache) not in (KeyValueCache, PrefixedCache) or not can_decode_step(): return None
-    if x.dtype != torch.float32 or x.device.type != "cpu": return None
+    if not cache.layers or not cache.get_seq_length(): return None
     if mask is not None and mask.dtype != torch.bool: return None
+    plan = decode_plan(model)
+    if plan is None or len(cache.layers) != len(plan.step.layers): return None
+    if plan.dropout and model.training: return None
     # it runs on one thread; where there are more, large matrices are read faster by all of them
-    if torch.get_num_threads() > 1 and _block_size(config) > 2_000_000: return None
-    layers = [decode_layer(*pair) for pair in zip(model.layers._modules.values(), cache.layers)]
-    last_norm = None if model.norm is None else plain_weight(model.norm, RMSNorm)
-    if any(layer is None for layer in layers): return None
-    if model.norm is not None and last_norm is None: return None
-    cos_sin = context["cos_sin"]
+    if torch.get_num_threads() > 1 and plan.matrix_size > 2_000_000: return None
+    return plan if all([layer.reserve(1) for layer in cache.layers]) else None
+
+def step_by_plan(plan: DecodePlan, x, cache, mask, cos_sin):
+    "`x (batch, D)` → the same shape; `mask` and `cos_sin` as the blocks have them."
+    past, layers = cache.get_seq_length(), cache.layers
     if cos_sin is not None: cos_sin = tuple(t.flatten(0, -2) for t in cos_sin)      # (B or 1, d/2)
     visible = None if mask is None else mask[:, 0, 0]                                # (B, columns)
-    half, norm, eps = config.position == "rope_half", config.norm, config.rms_norm_eps
-    x = decode_step(x[:, 0], layers, config.num_attention_heads, past, cos_sin, half, norm, eps,
-                    visible, last_norm)
-    for layer in cache.layers: layer.length += 1
-    return x[:, None]                                                                  # (B, 1, D)
+    keys, values, prefix = [layer.keys for layer in layers], [layer.values for layer in layers], ()
+    if layers[0].prefix_keys is not None:
+        prefix = [layer.prefix_keys for layer in layers], [layer.prefix_values for layer in layers]
+    x = plan.step(x, keys, values, past, cos_sin, visible, prefix)
+    for layer in layers: layer.length += 1
+    return x
+
+def decode_blocks(model: "TransformerModel", x, cache, context: dict):
+    """The blocks and the last norm for one new token per row, `x (batch, 1, D)` → same shape,
+    by the decoding kernel; none where it cannot be used. `context` as for the blocks."""
+    if x.dtype != torch.float32 or not x.is_cpu: return None
+    plan = plan_for_step(model, cache, context["mask"])
+    if plan is None: return None
+    x = step_by_plan(plan, x[:, 0], cache, context["mask"], context["cos_sin"])           # (B, D)
+    return x[:, None]
+
+# %% ../../nbs/models/transformer.ipynb #48ce2412
+def decode_token(model: "TransformerModel", input_ids, attention_mask, position_ids, cache):
+    """Hidden states `(batch, 1, D)` of one new token per row, `input_ids (batch, 1)`, by the plan;
+    none where the model must be called."""
+    if not untouched(model, TransformerModel): return None
+    if attention_mask is not None and attention_mask.dim() != 2: return None
+    plan = plan_for_step(model, cache, None)
+    if plan is None or not plan.reads_tokens: return None
+    embedding, past = model.embed_tokens.weight, cache.get_seq_length()
+    if embedding.dtype != torch.float32 or not embedding.is_cpu: return None
+    mask, _, position_ids = attention_pattern(
+        attention_mask, position_ids, 1, past, embedding.device)
+    check_length(position_ids, past + 1, plan.columns)
+    x = add_positions(model, F.embedding(input_ids, embedding), position_ids, past)  # (B, 1, D)
+    cos_sin = None if model.rope is None else model.rope.cos_sin(x, position_ids, past, 1)
+    return step_by_plan(plan, x[:, 0], cache, mask, cos_sin)[:, None]
 
 # %% ../../nbs/models/transformer.ipynb #ce733c22
 class TransformerForCausalLM(TransformerPreTrainedModel, CausalGenerationMixin):
@@ -704,9 +766,16 @@ class TransformerForCausalLM(TransformerPreTrainedModel, CausalGenerationMixin):
         shift_labels = kwargs.pop("shift_labels", None)  # were it named, Trainers would ask for it
         targets = labels if shift_labels is None else shift_labels
         if use_cache is None and targets is not None: use_cache = False
-        hidden, past_key_values, hidden_states, attentions = self.model(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
-            output_attentions, output_hidden_states, return_dict=False)
+        hidden, hidden_states, attentions = None, None, None
+        more = output_attentions or output_hidden_states or inputs_embeds is not None
+        one = input_ids is not None and input_ids.dim() == 2 and input_ids.shape[1] == 1
+        if one and past_key_values is not None and not more:
+            hidden = decode_token(
+                self.model, input_ids, attention_mask, position_ids, past_key_values)
+        if hidden is None:
+            hidden, past_key_values, hidden_states, attentions = self.model(
+                input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
+                output_attentions, output_hidden_states, return_dict=False)
         logits = self.lm_head(hidden[:, kept_positions(logits_to_keep)])               # (B, T, V)
         loss = next_token_loss(logits, labels, shift_labels, kwargs.get("num_items_in_batch"))
         output = CausalLMOutputWithPast(loss, logits, past_key_values, hidden_states, attentions)

@@ -181,17 +181,18 @@ class BenchServer:
 
 # %% ../../nbs/serving/load.ipynb #b8cfa90d
 def _request(k: int) -> dict:
-    """Request k: 66 tokens to read, 32 to 96 to write: the token that would end a text is ruled
+    """Request k: 68 tokens to read, 32 to 96 to write: the token that would end a text is ruled
     out."""
-    return {"prompt": f"{k:04d}: " + "All happy families are alike, " * 2,
+    return {"prompt": f"{k:06d}: " + "All happy families are alike, " * 2,
             "max_tokens": 32 + 37 * k % 65, "temperature": 1.0,
             "logit_bias": {str(ByteTokenizer().eos_token_id): -100}}
 
 def _measured(server: BenchServer, clients: int, requests: int) -> dict:
     "The facts of one run of clients against one server."
     before = server.cpu_seconds()
+    def body(k): return _request(1000 * clients + k)      # no prompt is known from another run
     seconds, timings = asyncio.run(run_clients("127.0.0.1", server.port, clients, requests,
-                                               _request, server.cpu_seconds))
+                                               body, server.cpu_seconds))
     spent, written = server.cpu_seconds() - before, sum(timing.tokens for timing in timings)
     return {**load_facts(seconds, timings, clients),
             "tokens_per_cpu_second": written / spent if spent else 0.0}

@@ -47,8 +47,8 @@ def begin_run(model, tokenizer, output_dir, family: str, *, log=print, **setting
     return run
 
 def tokenizer_folder(run: Run) -> Path:
-    "Where a run keeps a tokenizer that was given to it."
-    return run.folder.resolve() / "tokenizer"
+    "Where a run keeps a tokenizer that was given to it; it goes where the run goes."
+    return run.folder / "tokenizer"
 
 # %% ../../nbs/trainers/starting.ipynb #f87ee691
 def import_run(kind: str, path, output_dir, tokenizer=None, log=print, **settings):
