@@ -86,14 +86,16 @@ def _command(script: Path) -> str:
 
 # %% ../../nbs/laboratory/records.ipynb #f85bb48b
 def leaderboard(records: list[Record]) -> str:
-    "The records as Markdown: a table for each study, best first, under its command."
-    parts = []
-    for study in dict.fromkeys(r.study for r in records):
-        own = sorted((r for r in records if r.study == study),
+    """The records as Markdown: a table for each study and each measure in it, best first, under its
+    command."""
+    parts, told = [], None
+    for study, measure in dict.fromkeys((r.study, r.measure) for r in records):
+        own = sorted((r for r in records if (r.study, r.measure) == (study, measure)),
                      key=lambda r: r.mean if r.lower_is_better else -r.mean)
         first = own[0]
-        parts += [f"### {study}", "", f"`{first.command}`", "",
-                  f"{first.measure}; {first.budget}; measured on: {first.machine}.", "",
+        if study != told: parts += [f"### {study}", "", f"`{first.command}`", ""]
+        told = study
+        parts += [f"{measure}; {first.budget}; measured on: {first.machine}.", "",
                   "| | mean | ± | each seed |", "|---|---|---|---|"]
         for r in own:
             each = ", ".join(f"{v:.4f}" for v in r.values)

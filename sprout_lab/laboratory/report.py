@@ -15,6 +15,7 @@ from datetime import date
 from pathlib import Path
 
 import numpy as np
+from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from .. import __version__
 from ..configs import ConfigError
@@ -140,6 +141,8 @@ def plot_curves(comparison: Comparison, objective: str = "causal",
             _draw(ax, index, name, *_mean_curve(curves, x))
         ax.set_xlabel(label, fontsize=10)
         ax.set_xlim(left=0)
+        ax.xaxis.set_major_locator(MaxNLocator(5))
+        ax.xaxis.set_major_formatter(EngFormatter(sep=""))   # 50k, 200G
     axes[0].set_ylabel(get_objective(objective).unit, fontsize=10)
     _frame(axes[0], runs)
     axes[2].legend(fontsize=8, frameon=False)

@@ -133,11 +133,13 @@ def thought_layers(model) -> list[CopiedThoughts]:
 
 def upcycled_loss(model) -> torch.Tensor:
     "What the last pass adds to the loss in training, in nats: the three terms, means over layers."
-    layers = thought_layers(model)
-    mean = lambda name: torch.stack([getattr(layer.record, name)[0] for layer in layers]).mean()
-    chosen = layers[0].settings
-    return (chosen.diversity_weight * mean("similarity") - chosen.entropy_weight * mean("entropy")
-            + chosen.balance_weight * mean("balance"))
+    layers, whole = thought_layers(model), ThoughtRecord()
+    for name in ("similarity", "entropy", "load", "probability"):
+        for layer in layers: getattr(whole, name).extend(getattr(layer.record, name))
+    mean, chosen = lambda values: torch.stack(values).mean(), layers[0].settings
+    return (chosen.diversity_weight * mean(whole.similarity)
+            - chosen.entropy_weight * mean(whole.entropy)
+            + chosen.balance_weight * whole.balance().mean())
 
 def _add_auxiliary(model, args, output) -> None:
     "A forward hook: in training the loss has the thoughts' terms."
