@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 import types
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -61,7 +61,7 @@ def random_model(shape: dict) -> TransformerForCausalLM:
 # %% ../../nbs/evaluation/search_benchmarks.ipynb #379a59c4
 def our_search(model, task: SearchTask, seed: int = 0) -> SearchResult:
     "The lab's search, with its defaults."
-    return search(model, ByteTokenizer(), task.ids, cheap_reward, expand="topk", seed=seed,
+    return search(model, ByteTokenizer(), task.ids, cheap_reward, seed=seed,
                   rollouts=task.rollouts, max_new_tokens=task.new, expansion_k=task.children)
 
 # %% ../../nbs/evaluation/search_benchmarks.ipynb #563205fc
@@ -192,22 +192,25 @@ def bench_search_speed(peer=None, repeats: int = 3, shape: dict = TINY,
     """Nodes and texts per CPU second of the lab's search and of the prototype's way, the same with
     the lab's model, the prototype itself (`peer`) where it is given; and tokens read per text."""
     model, made, runs = random_model(shape), {}, {}
+    fewer = replace(task, rollouts=min(task.rollouts, 10))   # each costs the others the same
     llama = export_llama(model).eval()
     def side(name, run): runs[name] = lambda: made.__setitem__(name, run())
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as quiet:
         quiet.enter_context(contextlib.redirect_stderr(io.StringIO()))
         side("ours", lambda: our_search(model, task))
-        side("prototype's way", lambda: PrototypeSearch(llama, task).run())
-        side("its way, our model", lambda: PrototypeSearch(model, task).run())
+        side("prototype's way", lambda: PrototypeSearch(llama, fewer).run())
+        side("its way, our model", lambda: PrototypeSearch(model, fewer).run())
         if peer is not None:
             llama.save_pretrained(folder)
             ByteTokenizer().save_pretrained(folder)
-            side("prototype", specdifftree_search(peer, folder, task))
+            side("prototype", specdifftree_search(peer, folder, fewer))
         seconds = side_by_side(runs, repeats, warm_up=False)
-    return _speed_rows(seconds, made, task, model.num_parameters())
+    return _speed_rows(seconds, made, (task, fewer), model.num_parameters())
 
 # %% ../../nbs/evaluation/search_benchmarks.ipynb #e22acaa7
-def _speed_rows(seconds: dict, made: dict, task: SearchTask, parameters: int) -> list[Row]:
+def _speed_rows(seconds: dict, made: dict, tasks: tuple, parameters: int) -> list[Row]:
+    task, fewer = tasks
+    texts = {name: (task if name == "ours" else fewer).rollouts for name in made}
     nodes = {name: getattr(one, "nodes", one) for name, one in made.items()}
     what = (f"{parameters / 1e6:.1f} M, {task.rollouts} rollouts × {task.new}, prompt "
             f"{task.prompt}")
@@ -217,10 +220,10 @@ def _speed_rows(seconds: dict, made: dict, task: SearchTask, parameters: int) ->
         rows.append(compare("speed", what, seconds, "ours", name, amount=nodes, unit="nodes/s",
                             target=target))
         if name == "prototype": continue
-        rows.append(compare("speed", what, seconds, "ours", name, amount=task.rollouts,
+        rows.append(compare("speed", what, seconds, "ours", name, amount=texts,
                             unit="rollouts/s"))
-    read = [made["ours"].cost.tokens_evaluated, made["prototype's way"].read]
-    ours, theirs = (count / task.rollouts for count in read)
+    ours = made["ours"].cost.tokens_evaluated / task.rollouts
+    theirs = made["prototype's way"].read / fewer.rollouts
     rows.append(Row("tokens", f"{what}, read per rollout", "ours", "prototype's way", "tokens",
                     ours, theirs, target=f"<= {task.new}", rounds=1))
     return rows
