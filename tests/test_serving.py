@@ -107,6 +107,9 @@ def wait_until(true, seconds: float = 180.0):      # only what hangs takes so lo
         time.sleep(0.02)
 
 
+ON_AND_ON = {"122": 100}      # only ever a z: no text ends by itself
+
+
 @contextmanager
 def held(scheduler):
     """Let a scheduler write one token per text and then wait, until the block is left: what a test
@@ -285,7 +288,7 @@ def test_a_client_that_goes_away_frees_its_place(server, stream):
     before = scheduler.written_tokens
     with held(scheduler):
         with posted(server.url, dict(model="attention", prompt="a", max_tokens=400, n=8,
-                                     stream=stream)) as raw:
+                                     stream=stream, logit_bias=ON_AND_ON)) as raw:
             wait_until(lambda: len(scheduler.batch) == 8)
             if stream: assert raw.recv(100).startswith(b"HTTP/1.1 200")
         requests = [sequence.request for sequence in scheduler.batch.sequences]
@@ -301,7 +304,7 @@ def test_a_full_queue_says_when_to_come_back(folders):
         refused_ones = []
         def ask(_):
             reply = httpx.post(f"{server.url}/v1/completions", timeout=600,
-                               json=dict(prompt="a", max_tokens=20))
+                               json=dict(prompt="a", max_tokens=20, logit_bias=ON_AND_ON))
             if reply.status_code == 429: refused_ones.append(reply)
             return reply.status_code
         scheduler = server.registry.get("attention").scheduler
@@ -324,8 +327,8 @@ def test_a_stalled_reader_is_let_go(folders):
     with ServerThread([folders["attention"]], config) as server:
         server.listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         state = server.server.config.app.state
-        slow = posted(server.url, dict(prompt="a", max_tokens=300, stream=True, logprobs=20),
-                      buffer=4096)
+        slow = posted(server.url, dict(prompt="a", max_tokens=300, stream=True, logprobs=20,
+                                       logit_bias=ON_AND_ON), buffer=4096)
         wait_until(lambda: server.registry.get("attention").scheduler.written_tokens)
         quick = httpx.post(f"{server.url}/v1/completions", json=dict(prompt="b", max_tokens=5),
                            timeout=600)
