@@ -392,6 +392,7 @@ def train_command(family) -> click.Command:
     return Drawn(name or "train", params=_train_options(family), callback=run, help=summary,
                  settings=lambda: _train_settings(name), context_settings=cli.context_settings)
 
+# %% ../nbs/cli.ipynb #d0123916
 def _train(settings, quiet: bool) -> None:
     try: _run_training(settings, quiet)
     except (RuntimeError, MemoryError) as error:

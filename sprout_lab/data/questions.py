@@ -348,6 +348,7 @@ series_sets: dict[str, Callable] = {
     "questions": trend_shape_anomaly, "m1_captions": m1_captions, "basic_motions": basic_motions,
     "ecg_beats": ecg_beats, "forecasts": forecasts}
 
+# %% ../../nbs/data/questions.ipynb #5983f23e
 def load_questions(name: str, seed: int = 0) -> dict[str, SeriesSet]:
     "The splits of a carried set, or of a stage's; an unknown name is answered with the known ones."
     if name in STAGES:

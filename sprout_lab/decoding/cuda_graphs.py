@@ -62,6 +62,7 @@ class FixedKeys:
     def settle(self) -> None: self.column += 1
     def moving(self) -> list[torch.Tensor]: return [self.column, self.visible]
 
+# %% ../../nbs/decoding/cuda_graphs.ipynb #ff7b1bfe
 class FixedStates:
     "The recurrent cache of a state, written back into its own tensors."
 

@@ -555,6 +555,7 @@ def search(model, tokenizer, prompt, reward=None, config: SearchConfig | None = 
         weighted = tree.samples() if tree else importance(writer.findings.drawn, config.lam)
     return _result(writer, method, tree, weighted, interrupted)
 
+# %% ../../nbs/decoding/search.ipynb #c9151575
 def _check_masked(method: str) -> None:
     if method in ("greedy", "sample", "best_of_n"): return
     raise ConfigError(f"mask: {method} takes none; choose from greedy, sample, best_of_n, or make "

@@ -685,6 +685,7 @@ def _table_of(step: "DecodeStep", x: Tensor, cache: tuple, past: int) -> bytes |
         table[slot::slots] = array("Q", map(Tensor.data_ptr, part))
     return table.tobytes()
 
+# %% ../../nbs/kernels/decode.ipynb #e802fccb
 def _learn(step: "DecodeStep", tensors: list, cache: tuple, past: int,
            addresses: list) -> bytes | None:
     "The table of a step's weights and of `cache`; `tensors`: the input, then all of these."

@@ -43,7 +43,7 @@ def counted_noise_reference(key: int, rows: Tensor, width: int) -> Tensor:
     return torch.cat([radius * part for part in pair], 1)[:, :width]
 
 # %% ../../nbs/kernels/thoughts.ipynb #6339df29
-_NOISE_C = r"""
+_RANDOM_C = r"""
 static inline uint32_t mix_(uint32_t h) {
   h = (h ^ (h >> 16)) * 0x21F0AAADu;
   h = (h ^ (h >> 15)) * 0xD35A2D97u;
@@ -59,6 +59,10 @@ static inline float log_(float x) {                   /* of a normal number in (
   const float p = FMA(q, FMA(q, FMA(q, FMA(q, 1.f / 9, 1.f / 7), 1.f / 5), 1.f / 3), 1.f);
   return FMA((float)exponent, 0.693147180559945f, 2.f * z * p);
 }
+"""
+
+# %% ../../nbs/kernels/thoughts.ipynb #86e75e3b
+_NOISE_C = _RANDOM_C + r"""
 static void noise_row(float *restrict z, int64_t half, int64_t row, int64_t key) {
   const uint32_t a = mix_((uint32_t)row ^ (uint32_t)key);
   const uint32_t b = mix_(a + (uint32_t)(key >> 31));
@@ -165,7 +169,7 @@ void gather_backward_X(const float *restrict x, const int64_t *order, const int6
 """
 
 # %% ../../nbs/kernels/thoughts.ipynb #4c360d0f
-_ACTIVATE_C = r"""
+_READ_ROW_C = r"""
 #define GELU_A 1.595769121605731f
 #define GELU_B 0.071354816272600f
 static void read_row_X(const TX *restrict from, const float *bias, float *restrict v, int64_t W) {
@@ -175,6 +179,10 @@ static void read_row_X(const TX *restrict from, const float *bias, float *restri
   #pragma omp simd
   for (int64_t i = 0; i < W; i++) v[i] += bias[i];
 }
+"""
+
+# %% ../../nbs/kernels/thoughts.ipynb #e21c6f35
+_ACTIVATE_C = _READ_ROW_C + r"""
 void activate_X(const TX *restrict pre, const float *bias, const int64_t *order,
                 const int64_t *branch, const float *creativity, float *restrict stats,
                 TX *restrict latent, int64_t gated, int64_t key, int64_t k, int64_t F,

@@ -221,6 +221,7 @@ def pairwise_similarity(thoughts) -> torch.Tensor:
     total = unit.sum(1).square().sum(-1) - unit.square().sum((1, 2))                     # (N,)
     return total / (k * (k - 1))
 
+# %% ../../nbs/models/mot.ipynb #4abf9d5c
 @dataclass
 class ThoughtRecord:
     """One pass through all thought layers. `creativity (batch)` or none, `generator`, `real (N)`: true at

@@ -74,7 +74,7 @@ def _noted(folder) -> str | None:
     try: return (read_mapping(Run(folder).config).get("output") or {}).get("notes")
     except ConfigError: return None
 
-
+# %% ../../nbs/panels/history.ipynb #bf2cd824
 def _score(facts: dict) -> str:
     "A run's best score in its own unit; nothing of a run that was not evaluated yet."
     if facts.get("best_bits_per_byte") is not None:

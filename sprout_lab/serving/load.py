@@ -38,6 +38,7 @@ class Timing:
     @property
     def per_token(self) -> float: return (self.total - self.first) / max(1, self.tokens - 1)
 
+# %% ../../nbs/serving/load.ipynb #f2aa7903
 async def timed_request(host: str, port: int, body: dict, cpu=lambda: 0.0) -> Timing:
     """Send a streaming completion and read it to its end; an error of the server is a
     `ConfigError`. `cpu()`: the server's processor time so far, in seconds."""
